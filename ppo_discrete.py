@@ -72,12 +72,12 @@ class Config:
     total_timesteps: int = 500_000  # environment steps per seed, never exceeded
     num_envs: int = 16  # environments per seed (N)
     num_steps: int = 128  # steps of each environment per update (T)
-    learning_rate: float = 1e-3  # Adam's step size at the start
+    learning_rate: float = 3e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the learning rate fall linearly to zero
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     update_epochs: int = 4  # passes over each rollout (K)
-    num_minibatches: int = 4  # minibatches per pass
+    num_minibatches: int = 8  # minibatches per pass
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
@@ -105,7 +105,7 @@ class Config:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self):
-        """Raise ValueError on values that cannot work. A traced value (under vmap) is let through."""
+        """Raise ValueError on values that cannot work; traced ones (under vmap) pass unseen."""
         zero_allowed = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
         for name, value in vars(self).items():
             for number in value if isinstance(value, tuple) else (value,):
@@ -134,10 +134,8 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "MinAtar": dict(
         num_envs=64,
-        num_minibatches=8,
+        learning_rate=1e-3,
         ent_coef=0.01,
-        normalize_obs=False,
-        normalize_reward=False,
         activation="relu",
     ),
 }
@@ -311,8 +309,7 @@ def init_stats(shape: tuple[int, ...]) -> RunningStats:
 
 def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
     """Merge a rollout x, [T, N, ...], into the statistics (Chan, Golub & LeVeque 1979)."""
-    n = x.shape[0] * x.shape[1]
-    mean, var = x.mean((0, 1)), x.var((0, 1))
+    n, mean, var = x.shape[0] * x.shape[1], x.mean((0, 1)), x.var((0, 1))
     count = stats.count + n
     delta = mean - stats.mean
     spread = stats.count * n / count * delta**2  # what the two means' distance adds
@@ -324,7 +321,7 @@ def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
 
 
 def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
-    """Observations [..., D] with mean 0 and deviation 1, clipped to ±10; as they are without stats."""
+    """Observations [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged without stats."""
     if stats is None:
         return obs
     return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
@@ -591,6 +588,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
 
         # Estimate advantages. The observation statistics are those of the rollout, or π_old would
         # not be the policy that acted; the reward scale may already know the new returns.
+        flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)  # [T, N]
@@ -613,7 +611,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         # Take the epochs, as one scan over all their minibatches. Each gathers its transitions by
         # index, which is cheaper than a shuffled copy of the rollout per epoch.
         batch = Batch(obs, rollout.action, rollout.log_prob, value, advantage, target)
-        batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
+        batch = jax.tree.map(flatten, batch)
         indices = shuffled_indices(
             shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
         )
@@ -622,12 +620,12 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         )
 
         # Episodes that ended in this rollout; NaN where none did.
-        mean_of_ended = lambda x: jnp.mean(x, where=rollout.done)
+        mean_of_ended = lambda x: jnp.mean(flatten(x), where=flatten(rollout.done))
         metrics = {
             "episodic_return": mean_of_ended(rollout.episode_return),
             "episodic_length": mean_of_ended(rollout.episode_length),
             **jax.tree.map(jnp.mean, losses),
-            "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
+            "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
             "learning_rate": learning_rate(state.num_updates * num_gradient_steps),
         }
         state = state._replace(
@@ -710,7 +708,7 @@ def parse_command_line() -> Config:
             default = Config(**stored, resume=found.resume)
         except OSError as error:
             fail(f"{found.resume} is not the directory of a run: {error}")
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             fail(f"{found.resume}/config.json is damaged, or not of this script: {error}")
         if script != Path(__file__).stem:
             fail(f"{found.resume} is a run of {script}.py, not of {Path(__file__).name}")
@@ -732,7 +730,7 @@ def interquartile_mean(x, axis=-1):
 def append_metrics(path: Path, config: Config, first_update: int, metrics: dict) -> None:
     """Add one row per seed and update; `metrics` are [num_seeds, updates of this segment]."""
     with path.open("a", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         if first_update == 0:
             writer.writerow(["seed", "update", "env_step", *metrics])
         for i in range(next(iter(metrics.values())).shape[1]):
@@ -775,7 +773,7 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
 def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
     """Write evaluation.csv and print a table; both arrays [num_seeds, episodes]."""
     with (run_dir / "evaluation.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "episode", "episodic_return", "episodic_length"])
         for (row, episode), value in np.ndenumerate(returns):
             writer.writerow([config.seed + row, episode, f"{value:.7g}", lengths[row, episode]])

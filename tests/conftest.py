@@ -1,0 +1,100 @@
+"""What all tests share: the scripts, small configurations, and environments with known answers."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# Subprocesses of the tests share compiled programs; so do two runs of the suite within a session.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import gymnax  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import pytest  # noqa: E402
+from flax import struct  # noqa: E402
+from gymnax.environments import environment, spaces  # noqa: E402
+
+
+@struct.dataclass
+class ProbeState(environment.EnvState):
+    time: int
+    cue: jax.Array  # what the agent sees
+
+
+@struct.dataclass
+class ProbeParams(environment.EnvParams):
+    max_steps_in_episode: int = 10**6
+
+
+class Probe(environment.Environment):
+    """An environment of a few numbers, whose values can be worked out by hand.
+
+    The observation is `cue`, drawn anew (±1) in each step if `random_cue`. An episode terminates
+    after `length` steps, or is cut there by a time limit if `truncates`. The reward is
+    `reward(cue, action, time)`, with the time counted from 1.
+    """
+
+    def __init__(self, reward, length=1, truncates=False, random_cue=False):
+        super().__init__()
+        self.reward, self.length = reward, length
+        self.truncates, self.random_cue = truncates, random_cue
+
+    @property
+    def default_params(self):
+        return ProbeParams(max_steps_in_episode=self.length if self.truncates else 10**6)
+
+    def draw(self, key):
+        return jax.random.rademacher(key, (1,), jnp.float32) if self.random_cue else jnp.ones(1)
+
+    def reset_env(self, key, params):
+        cue = self.draw(key)
+        return self.observe_time(cue, 0), ProbeState(time=0, cue=cue)
+
+    def observe_time(self, cue, time):
+        # The time is visible where it matters, so that the value function exists.
+        if self.truncates:
+            return cue
+        return jnp.concatenate([cue, jnp.asarray([time], jnp.float32)])
+
+    def step_env(self, key, state, action, params):
+        time = state.time + 1
+        reward = jnp.asarray(self.reward(state.cue[0], action, time), jnp.float32)
+        cue = self.draw(key)
+        terminated = jnp.asarray(not self.truncates) & (time >= self.length)
+        return self.observe_time(cue, time), ProbeState(time, cue), reward, terminated, {}
+
+    def action_space(self, params=None):
+        return spaces.Discrete(2)
+
+    def observation_space(self, params=None):
+        return spaces.Box(-1.0, 1.0, (1,) if self.truncates else (2,), jnp.float32)
+
+
+PROBES = {
+    # Value of a state that always pays 1 and ends: 1.
+    "ProbeConstant-test": lambda: Probe(lambda cue, action, time: 1.0),
+    # The reward is what is seen: V(cue) = cue.
+    "ProbeObservation-test": lambda: Probe(lambda cue, action, time: cue, random_cue=True),
+    # One reward after two steps: V = γ, then 1.
+    "ProbeDelay-test": lambda: Probe(lambda cue, action, time: 1.0 * (time == 2), length=2),
+    # The reward is the action: choose 1.
+    "ProbeAction-test": lambda: Probe(lambda cue, action, time: 1.0 * action),
+    # The right action is the one that is seen: choose (cue > 0).
+    "ProbeBoth-test": lambda: Probe(
+        lambda cue, action, time: 1.0 * (action == (cue > 0)), random_cue=True
+    ),
+    # Pays 1 for ever, but is cut every five steps: V = 1 / (1 - γ).
+    "ProbeTruncated-test": lambda: Probe(lambda cue, action, time: 1.0, length=5, truncates=True),
+    # Pays 1 five times and ends: V = 1 + γ + ... + γ^(4 - time).
+    "ProbeTerminated-test": lambda: Probe(lambda cue, action, time: 1.0, length=5),
+}
+for name, factory in PROBES.items():
+    gymnax.register(name, lambda factory=factory: factory())
+
+
+@pytest.fixture
+def keys():
+    """Keys for a number of seeds."""
+    return lambda n: jax.vmap(jax.random.key)(jnp.arange(n))

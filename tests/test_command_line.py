@@ -1,0 +1,226 @@
+"""The scripts as a user runs them: in a subprocess, from an empty folder."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+from conftest import ROOT
+
+SCRIPT = "ppo_discrete"
+QUICK = ["--num-seeds", "2", "--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8"]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Environment variables of the subprocesses: one compilation cache for all of them."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture
+def start(tmp_path, environment):
+    """Start a copy of the script, alone in an empty folder, there."""
+    shutil.copy(ROOT / f"{SCRIPT}.py", tmp_path)
+
+    def run(*arguments):
+        return subprocess.Popen(
+            [sys.executable, f"{SCRIPT}.py", *map(str, arguments)],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    return run
+
+
+@pytest.fixture
+def run(start):
+    """Run it to its end: exit code, standard output, standard error."""
+
+    def run(*arguments):
+        process = start(*arguments)
+        output, errors = process.communicate(timeout=300)
+        return process.returncode, output, errors
+
+    return run
+
+
+def only_run(path):
+    (run_dir,) = (path / "runs").iterdir()
+    return run_dir
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def wait_for_update(run_dir, update):
+    """Until metrics.csv knows of an update."""
+    for _ in range(3000):
+        try:
+            if int(rows_of(run_dir / "metrics.csv")[-1]["update"] or 0) >= update:
+                return
+        except (OSError, IndexError, TypeError, ValueError):
+            pass
+        time.sleep(0.02)
+    raise TimeoutError
+
+
+def test_outputs(run, tmp_path):
+    code, output, errors = run(*QUICK, "--seed", 3, "--total-timesteps", 64 * 6 + 63)
+    assert code == 0, errors
+    run_dir = only_run(tmp_path)
+    assert re.fullmatch(rf"CartPole-v1__{SCRIPT}__3__\d{{8}}-\d{{6}}", run_dir.name)
+    assert "2 seeds x 6 updates x 64 steps" in output and "trained 768 steps in" in output
+    assert "compiled in" in output and "95 % bootstrap interval" in output
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["script"] == SCRIPT and config["num_envs"] == 4
+
+    rows = rows_of(run_dir / "metrics.csv")
+    assert [(row["seed"], row["update"], row["env_step"]) for row in rows] == [
+        (str(seed), str(update), str(64 * update)) for update in range(1, 7) for seed in (3, 4)
+    ]
+    assert all(np.isfinite(float(row["value_loss"])) for row in rows)
+    names = "episodic_return episodic_length policy_loss value_loss entropy approx_kl"
+    assert {*names.split(), "clip_fraction", "explained_variance", "learning_rate"} < {*rows[0]}
+
+    rows = rows_of(run_dir / "evaluation.csv")
+    assert [(int(row["seed"]), int(row["episode"])) for row in rows] == [
+        (seed, episode) for seed in (3, 4) for episode in range(100)
+    ]
+    # CartPole pays 1 per step.
+    assert all(float(row["episodic_return"]) == int(row["episodic_length"]) for row in rows)
+    picture = matplotlib.image.imread(run_dir / "learning_curve.png")
+    assert picture.shape[0] > 300 and picture.std() > 0.01
+
+
+LONG = [*QUICK, "--total-timesteps", 64 * 3000]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, environment):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, LONG)]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    return only_run(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_resumes_to_the_same_bits(number, start, run, tmp_path, uninterrupted):
+    if number == signal.SIGKILL:  # write checkpoints all the time, so that it hits one of them
+        script = tmp_path / f"{SCRIPT}.py"
+        often = script.read_text().replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 0")
+        script.write_text(often)
+    process = start(*LONG)
+    while not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    run_dir = only_run(tmp_path)
+    wait_for_update(run_dir, 300)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, errors
+        assert f"--resume {run_dir.relative_to(tmp_path)}" in output
+        assert (run_dir / "learning_curve.png").exists()
+        assert "Traceback" not in errors
+    assert len(rows_of(run_dir / "metrics.csv")) < 2 * 3000, "it was not interrupted"
+    assert (run_dir / "checkpoints" / "0").exists() is False, "a later checkpoint exists"
+
+    code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
+    assert code == 0, errors
+    for name in ("metrics.csv", "evaluation.csv"):
+        assert (run_dir / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    code, _, errors = run(
+        *QUICK, "--total-timesteps", 6400, "--learning-rate", 1e38, "--max-grad-norm", 1e38
+    )
+    assert code == 1
+    assert re.search(r"the loss of seed \d is not finite in update \d+", errors)
+    assert "Traceback" not in errors
+    checkpoints = [path.name for path in (only_run(tmp_path) / "checkpoints").iterdir()]
+    assert checkpoints == ["0"]
+
+
+BAD = {
+    "unknown environment": (["--env-id", "cartpole"], "did you mean CartPole-v1"),
+    "continuous actions": (["--env-id", "Pendulum-v1"], "use ppo_continuous.py"),
+    "download": (["--env-id", "MNISTBandit-bsuite"], "could not be downloaded"),
+    "not divisible": (["--num-minibatches", 3], "num_minibatches = 3"),
+    "zero": (["--num-envs", 0], "num_envs must be finite and positive"),
+    "negative": (["--learning-rate", -1], "learning_rate must be finite and positive"),
+    "not finite": (["--ent-coef", "nan"], "ent_coef must be finite"),
+    "too few steps": (["--total-timesteps", 10], "less than one rollout"),
+    "unknown flag": (["--lerning-rate", 1], "--learning-rate"),
+    "missing run": (["--resume", "nowhere"], "nowhere is not the directory of a run"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_message(case, run, tmp_path):
+    arguments, message = BAD[case]
+    if case == "download":  # gymnax keeps what it has downloaded once
+        pytest.importorskip("six")
+    code, output, errors = run(*arguments)
+    text = re.sub(r"[\s│]+", " ", output + errors)
+    assert code == 2 and message in text and "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_run_directories(run, tmp_path):
+    code, _, errors = run(*QUICK, "--total-timesteps", 128)
+    assert code == 0, errors
+    run_dir = only_run(tmp_path)
+    before = (run_dir / "metrics.csv").read_bytes()
+
+    def refused(message, *arguments):
+        code, output, errors = run("--resume", run_dir, *arguments)
+        text = re.sub(r"\s+", " ", output + errors)
+        assert code == 2 and message in text and "Traceback" not in text, text
+        assert (run_dir / "metrics.csv").read_bytes() == before
+
+    refused("was started with learning_rate", "--learning-rate", 0.5)
+    config = (run_dir / "config.json").read_text()
+    (run_dir / "config.json").write_text(config.replace(SCRIPT, "trpo"))
+    refused("is a run of trpo.py")
+    (run_dir / "config.json").write_text(config.replace("num_envs", "number"))
+    refused("damaged")
+    (run_dir / "config.json").write_text("[]")
+    refused("damaged")
+    # Another network than the checkpoint's.
+    wider = config.replace('"hidden_sizes": [\n    8', '"hidden_sizes": [\n    9')
+    (run_dir / "config.json").write_text(wider)
+    refused("missing or damaged")
+    (run_dir / "config.json").write_text(config)
+    for path in (run_dir / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    refused("missing or damaged")
+    shutil.rmtree(run_dir / "checkpoints")
+    refused("missing or damaged")
+
+
+def test_an_unwritable_folder(run, tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    code, _, errors = run(*QUICK)
+    assert code == 2 and "cannot write to" in errors and "Traceback" not in errors

@@ -1,0 +1,315 @@
+"""Training as a whole: structure, probe environments with known answers, and independence."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import ppo_discrete
+from ppo_discrete import Config, evaluate, make_train, train
+
+DISCRETE = [
+    env_id
+    for env_id in gymnax.registered_envs
+    if env_id
+    not in (
+        "MNISTBandit-bsuite",  # downloads
+        "Pendulum-v1",
+        "MountainCarContinuous-v0",
+        "PointRobot-misc",
+        "Reacher-misc",
+        "Swimmer-misc",
+    )
+    and not env_id.endswith("-test")
+]
+SMALL = Config(num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16, hidden_sizes=(8, 8))
+
+
+def assert_same_bits(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+
+# ---- Structure ----
+
+
+def test_a_seed_does_not_depend_on_its_neighbours(keys):
+    # The same row beside other seeds: the same bits.
+    run = jax.jit(jax.vmap(partial(train, SMALL)))
+    first, second = run(keys(3)), run(keys(9)[jnp.array([7, 1, 4])])
+    row = lambda result: jax.tree.map(lambda x: x[1], result)
+    assert_same_bits(row(first), row(second))
+    # Alone: the same episodes, and the same numbers up to rounding. (XLA's CPU compiler adds up a
+    # row of a batched sum in another order than the same row alone, so bits may differ there.)
+    alone = jax.jit(partial(train, SMALL))(keys(3)[1])
+    for x, y in zip(jax.tree.leaves(row(first)), jax.tree.leaves(alone), strict=True):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(first[0].obs[1], alone[0].obs)
+
+
+def test_segments_equal_one_scan(keys):
+    init, update = make_train(SMALL)
+    state = jax.jit(init)(keys(1)[0])
+    one_update = jax.jit(lambda state: jax.lax.scan(update, state, None, 1), donate_argnums=0)
+    metrics = []
+    for _ in range(SMALL.num_updates):
+        state, segment = one_update(state)
+        metrics.append(segment)
+    assert one_update._cache_size() == 1, "the state changed its type and update compiled twice"
+    metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *metrics)
+    assert_same_bits((state, metrics), jax.jit(partial(train, SMALL))(keys(1)[0]))
+
+
+def test_a_hyperparameter_can_be_vmapped(keys):
+    run = lambda lr: train(replace(SMALL, learning_rate=lr), keys(1)[0])[1]["policy_loss"]
+    together = jax.jit(jax.vmap(run))(jnp.asarray([1e-3, 1e-2]))
+    alone = jax.jit(partial(train, replace(SMALL, learning_rate=1e-2)))(keys(1)[0])
+    np.testing.assert_allclose(together[1], alone[1]["policy_loss"], rtol=1e-4, atol=1e-6)
+    assert not np.allclose(together[0], together[1])
+    floats = [f for f, v in vars(SMALL).items() if isinstance(v, float)]
+    for name in floats:  # no Python branch on any of them
+        f = lambda x, name=name: train(replace(SMALL, **{name: x}), keys(1)[0])[1]["entropy"]
+        jax.eval_shape(jax.vmap(f), jnp.ones(2))
+
+
+def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
+    def temporary(total_timesteps):
+        config = replace(SMALL, total_timesteps=total_timesteps)
+        compiled = jax.jit(partial(train, config)).lower(keys(1)[0]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temporary(64 * 10), temporary(64 * 10_000)
+    # The metrics themselves may be held twice: nine floats per update.
+    assert large - small < 2 * 9_990 * 9 * 4
+    assert "callback" not in str(jax.make_jaxpr(partial(train, SMALL))(keys(1)[0]))
+
+
+def test_200_vmapped_initialisations_do_not_hang():
+    # Batched QR decompositions would, on two cores (jax 0.10): a subprocess, to be able to give up.
+    code = (
+        "import jax, jax.numpy as jnp, ppo_discrete\n"
+        "init = jax.jit(jax.vmap(ppo_discrete.make_train(ppo_discrete.Config())[0]))\n"
+        "for i in range(200):\n"
+        "    jax.block_until_ready(init(jax.vmap(jax.random.key)(jnp.arange(16) + i)))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120, check=True)
+
+
+@pytest.mark.parametrize("env_id", DISCRETE)
+def test_every_discrete_environment_trains(env_id, keys):
+    config = replace(SMALL, env_id=env_id, total_timesteps=2 * 64)
+    state, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert int(state.num_updates) == 2
+
+
+def test_a_wrapped_environment_trains(keys):
+    # A wrapper that changes `step` only, as sticky actions do: with p = 1 all actions are 0.
+    from gymnax.wrappers.purerl import StickyActionWrapper
+
+    probe = gymnax.make("ProbeAction-test")[0]
+    if "Sticky-test" not in gymnax.registered_envs:
+        gymnax.register("Sticky-test", lambda: StickyActionWrapper(probe, 1.0))
+    config = replace(SMALL, env_id="Sticky-test")
+    _, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    np.testing.assert_array_equal(metrics["episodic_return"], 0.0)
+
+
+# ---- One update ----
+
+
+def test_the_first_minibatch_has_ratio_one_and_later_ones_have_not(keys):
+    # One epoch of one minibatch: the policy that is updated is still the one that acted, also when
+    # the observation statistics have moved on in between (second update).
+    config = replace(SMALL, update_epochs=1, num_minibatches=1, learning_rate=1e-2)
+    _, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    np.testing.assert_array_equal(metrics["clip_fraction"], 0)
+    np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-6)
+    # Mean normalised advantage is 0, so with ratio 1 the surrogate is.
+    np.testing.assert_allclose(metrics["policy_loss"], 0, atol=1e-6)
+    # log π_old is frozen over the epochs: from the second one on the ratio is not 1.
+    config = replace(config, update_epochs=10)
+    _, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    assert (metrics["approx_kl"] > 1e-4).all() and (metrics["clip_fraction"] > 0).any()
+
+
+def test_episode_metrics_count_finished_episodes_only(keys):
+    # CartPole episodes last at least 8 steps: none ends within 4.
+    config = replace(SMALL, num_steps=4, num_envs=16)
+    _, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    assert np.isnan(metrics["episodic_return"][0]) and np.isnan(metrics["episodic_length"][0])
+    # Five rewards of 1 each.
+    for env_id in ("ProbeTerminated-test", "ProbeTruncated-test"):
+        config = replace(SMALL, env_id=env_id)
+        _, metrics = jax.jit(partial(train, config))(keys(1)[0])
+        np.testing.assert_array_equal(metrics["episodic_return"], 5)
+        np.testing.assert_array_equal(metrics["episodic_length"], 5)
+
+
+def test_learning_rate_falls_linearly(keys):
+    config = replace(SMALL, total_timesteps=4 * 64, learning_rate=0.1)
+    metrics = jax.jit(partial(train, config))(keys(1)[0])[1]
+    np.testing.assert_allclose(metrics["learning_rate"], [0.1, 0.075, 0.05, 0.025], rtol=1e-6)
+    metrics = jax.jit(partial(train, replace(config, anneal_lr=False)))(keys(1)[0])[1]
+    np.testing.assert_allclose(metrics["learning_rate"], 0.1, rtol=1e-6)
+
+
+def test_statistics_are_updated_once_after_each_rollout(keys):
+    # Reward 1 five times: the discounted return runs through (1 - γ^k) / (1 - γ), k = 1 ... 5. It
+    # is reset after the last step was used; reset before, the last value would be missing.
+    config = replace(SMALL, env_id="ProbeTerminated-test", num_steps=20, gamma=0.5)
+    init, update = make_train(config)
+    state = jax.jit(init)(keys(1)[0])
+    after, _ = jax.jit(update)(state, None)
+    returns = np.array([1, 1.5, 1.75, 1.875, 1.9375])
+    np.testing.assert_allclose(after.return_stats.mean, returns.mean(), rtol=1e-4)
+    np.testing.assert_allclose(after.return_stats.var, returns.var(), rtol=1e-4)
+    # One set of statistics for all environments, over all of their 20 · 4 observations [1, time].
+    assert after.obs_stats.mean.shape == (2,)
+    np.testing.assert_allclose(after.obs_stats.count, 80, rtol=1e-4)
+    np.testing.assert_allclose(after.obs_stats.mean, [1, 2], rtol=1e-4)
+    np.testing.assert_allclose(after.obs_stats.var, [0, 2], atol=1e-4)
+    off = replace(config, normalize_obs=False, normalize_reward=False)
+    assert make_train(off)[0](keys(1)[0]).obs_stats is None
+
+
+# ---- Probe environments: each isolates one part ----
+
+PROBE = Config(
+    total_timesteps=40_000,
+    num_envs=8,
+    num_steps=20,
+    num_minibatches=2,
+    gamma=0.9,
+    learning_rate=1e-2,
+    hidden_sizes=(16,),
+    normalize_obs=False,
+    normalize_reward=False,
+)
+
+
+def solve(config, keys):
+    """Train three seeds; return the values (per seed) of given observations, and the policies."""
+    states, _ = jax.jit(jax.vmap(partial(train, config)))(keys(3))
+    critic = ppo_discrete.Critic(config.hidden_sizes, config.activation)
+    actor = ppo_discrete.Actor(2, config.hidden_sizes, config.activation)
+
+    def value(obs):
+        obs = jnp.asarray(obs, jnp.float32)
+        return jax.vmap(lambda p: critic.apply(p, obs))(states.params["critic"])
+
+    def probability_of_one(obs):
+        obs = jnp.asarray(obs, jnp.float32)
+        policy = jax.vmap(lambda p: actor.apply(p, obs))(states.params["actor"])
+        return jax.nn.softmax(policy.logits)[..., 1]
+
+    return value, probability_of_one
+
+
+def test_probe_constant_reward(keys):
+    value, _ = solve(replace(PROBE, env_id="ProbeConstant-test"), keys)
+    np.testing.assert_allclose(value([1, 0]), 1, atol=0.02)
+
+
+def test_probe_reward_is_the_observation(keys):
+    value, _ = solve(replace(PROBE, env_id="ProbeObservation-test"), keys)
+    np.testing.assert_allclose(value([[1, 0], [-1, 0]]), [[1, -1]] * 3, atol=0.05)
+
+
+def test_probe_delayed_reward_is_discounted(keys):
+    value, _ = solve(replace(PROBE, env_id="ProbeDelay-test"), keys)
+    np.testing.assert_allclose(value([[1, 0], [1, 1]]), [[0.9, 1]] * 3, atol=0.03)
+
+
+def test_probe_action_is_learned(keys):
+    _, probability = solve(replace(PROBE, env_id="ProbeAction-test"), keys)
+    assert (probability([1, 0]) > 0.95).all()
+
+
+def test_probe_action_depends_on_the_observation(keys):
+    value, probability = solve(replace(PROBE, env_id="ProbeBoth-test"), keys)
+    assert (probability([1, 0]) > 0.95).all() and (probability([-1, 0]) < 0.05).all()
+    np.testing.assert_allclose(value([[1, 0], [-1, 0]]), 1, atol=0.1)
+
+
+def test_probe_time_limit_is_bootstrapped(keys):
+    # Reward 1 for ever, cut every five steps: V = 1 / (1 - γ) = 10. Without the bootstrap the
+    # value of a uniformly random position would be about 2.6.
+    value, _ = solve(replace(PROBE, env_id="ProbeTruncated-test", learning_rate=3e-2), keys)
+    np.testing.assert_allclose(value([1]), 10, rtol=0.05)
+
+
+def test_probe_termination_is_not_bootstrapped(keys):
+    value, _ = solve(replace(PROBE, env_id="ProbeTerminated-test"), keys)
+    finite_sums = [(1 - 0.9 ** (5 - time)) / (1 - 0.9) for time in range(5)]
+    np.testing.assert_allclose(
+        value([[1, time] for time in range(5)]), [finite_sums] * 3, atol=0.15
+    )
+
+
+# ---- Evaluation ----
+
+
+def test_evaluation_is_greedy_unscaled_and_of_the_first_episode(keys):
+    config = replace(PROBE, env_id="ProbeBoth-test", normalize_obs=True, normalize_reward=True)
+    state, _ = jax.jit(partial(train, config))(keys(1)[0])
+    returns, lengths = jax.jit(partial(evaluate, config, num_episodes=50))(state, keys(1)[0])
+    np.testing.assert_array_equal(returns, 1)
+    np.testing.assert_array_equal(lengths, 1)
+    config = replace(SMALL, env_id="ProbeTruncated-test")
+    state = make_train(config)[0](keys(1)[0])
+    returns, lengths = evaluate(config, state, keys(1)[0], 3)
+    np.testing.assert_array_equal(returns, [5, 5, 5])
+    np.testing.assert_array_equal(lengths, [5, 5, 5])
+
+
+# ---- Configuration ----
+
+
+def test_defaults_and_presets():
+    assert Config().num_updates == 244 and Config().minibatch_size * Config().num_minibatches == (
+        Config().batch_size
+    )
+    assert ppo_discrete.default_config("CartPole-v1") == Config()
+    minatar = ppo_discrete.default_config("Breakout-MinAtar")
+    assert minatar.num_envs == 64 and minatar.env_id == "Breakout-MinAtar"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_minibatches": 3},
+        {"total_timesteps": 100},
+        {"num_envs": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": 0.0},
+        {"gamma": 1.5},
+        {"ent_coef": float("inf")},
+        {"seed": -1},
+        {"hidden_sizes": (64, 0)},
+    ],
+)
+def test_wrong_values_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Config(**wrong)
+
+
+@pytest.mark.parametrize(
+    "env_id, message",
+    [("cartpole", "did you mean CartPole-v1"), ("Pendulum-v1", "use ppo_continuous.py")],
+)
+def test_wrong_environments_are_explained(env_id, message):
+    with pytest.raises(ValueError, match=message):
+        make_train(Config(env_id=env_id))
