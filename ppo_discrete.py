@@ -37,6 +37,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -57,9 +58,7 @@ import tyro
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-# --------------------------------------------------------------------------------------------------
-# Configuration: every field is a command-line flag, its comment the text of --help
-# --------------------------------------------------------------------------------------------------
+# ---- Configuration: every field is a command-line flag, its comment the text of --help -----------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Config:
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
     vf_coef: float = 0.5  # weight of the value loss (c_1)
-    max_grad_norm: float = 0.5  # a gradient of larger global norm is scaled down to it
+    max_grad_norm: float = 2.0  # a gradient of larger global norm is scaled down to it
     normalize_obs: bool = True  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
@@ -132,12 +131,7 @@ class Config:
 
 # Families of environments that need other values than the defaults, by the end of their name.
 PRESETS: dict[str, dict[str, Any]] = {
-    "MinAtar": dict(
-        num_envs=64,
-        learning_rate=1e-3,
-        ent_coef=0.01,
-        activation="relu",
-    ),
+    "MinAtar": dict(num_envs=64, learning_rate=1e-3, ent_coef=0.01, activation="relu")
 }
 
 
@@ -146,9 +140,7 @@ def default_config(env_id: str = Config.env_id) -> Config:
     return Config(env_id=env_id, **PRESETS.get(env_id.rpartition("-")[2], {}))
 
 
-# --------------------------------------------------------------------------------------------------
-# Policy distribution
-# --------------------------------------------------------------------------------------------------
+# ---- Policy distribution -------------------------------------------------------------------------
 
 
 class Categorical(NamedTuple):
@@ -181,9 +173,7 @@ class Categorical(NamedTuple):
         return jnp.argmax(self.logits, axis=-1)
 
 
-# --------------------------------------------------------------------------------------------------
-# Networks: separate actor and critic, two multilayer perceptrons
-# --------------------------------------------------------------------------------------------------
+# ---- Networks: separate actor and critic, two multilayer perceptrons -----------------------------
 
 
 def orthogonal(scale: float) -> Callable:
@@ -238,9 +228,7 @@ class Critic(nn.Module):
         return nn.Dense(1, kernel_init=orthogonal(1.0))(x).squeeze(-1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The mathematics: pure functions of arrays
-# --------------------------------------------------------------------------------------------------
+# ---- The mathematics: pure functions of arrays ---------------------------------------------------
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
@@ -353,9 +341,7 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     return order.reshape(num_epochs * num_minibatches, batch_size // num_minibatches)
 
 
-# --------------------------------------------------------------------------------------------------
-# The environment: gymnax, as N environments with flat float32 observations
-# --------------------------------------------------------------------------------------------------
+# ---- The environment: gymnax, as N environments with flat float32 observations -------------------
 
 
 class Environment(NamedTuple):
@@ -414,9 +400,7 @@ def make_env(env_id: str) -> Environment:
     return Environment(reset, step, action_space.n)
 
 
-# --------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------
+# ---- Data ----------------------------------------------------------------------------------------
 
 
 class Transition(NamedTuple):
@@ -461,9 +445,7 @@ class State(NamedTuple):
     key: jax.Array  # [] PRNG key
 
 
-# --------------------------------------------------------------------------------------------------
-# The algorithm
-# --------------------------------------------------------------------------------------------------
+# ---- The algorithm -------------------------------------------------------------------------------
 
 
 def make_train(config: Config) -> tuple[Callable, Callable]:
@@ -487,8 +469,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
     # which the norm and Adam cost a few operations instead of a few dozen.
     optimizer = optax.flatten(
         optax.chain(
-            optax.clip_by_global_norm(config.max_grad_norm),
-            optax.adam(learning_rate, eps=1e-5),
+            optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5)
         )
     )
 
@@ -679,9 +660,7 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
     return episode_return, episode_length
 
 
-# --------------------------------------------------------------------------------------------------
-# The host side: command line, progress, files. Nothing above prints, writes or reads the clock.
-# --------------------------------------------------------------------------------------------------
+# ---- The host side: nothing above prints, writes or reads the clock -----------------------------
 
 CHECKPOINT_SECONDS = 30  # at most this much work is lost by a kill
 EVALUATION_EPISODES = 100  # per seed
@@ -689,8 +668,8 @@ EVALUATION_EPISODES = 100  # per seed
 
 def fail(message: object) -> None:
     """End with a message and exit code 2, as for every mistake of the user's."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(2)  # at once: reads of a damaged checkpoint may be under way, and would complain
 
 
 def parse_command_line() -> Config:
@@ -795,6 +774,52 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
     print()
 
 
+def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager, State, int]:
+    """Create the run's directory, or open the one to resume.
+
+    `state` has shapes only; on resuming it comes back filled, with the number of updates done.
+    """
+    script = Path(__file__).stem
+    name = f"{config.env_id}__{script}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(config.resume or Path("runs") / name)
+    # Orbax writes a checkpoint beside the old one and renames it when it is complete.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    try:
+        if not config.resume:
+            run_dir.mkdir(parents=True)
+            stored = {"script": script, **dataclasses.asdict(config)}
+            del stored["resume"]
+            (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error}")
+    if not config.resume:
+        return run_dir, checkpoints, state, 0
+    try:
+        done = checkpoints.latest_step()
+        state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
+        # Rows written after the checkpoint belong to updates that will be done again.
+        num_rows = 1 + done * config.num_seeds if done else 0
+        rows = (run_dir / "metrics.csv").read_text().splitlines(keepends=True) if done else []
+        if len(rows) < num_rows:
+            raise ValueError("metrics.csv is shorter than the checkpoint says")
+        (run_dir / "metrics.csv").write_text("".join(rows[:num_rows]))
+    except Exception as error:  # whatever Orbax raises on a damaged file
+        fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
+    return run_dir, checkpoints, state, done
+
+
+def check_finite(config: Config, first_update: int, metrics: dict) -> None:
+    """Raise FloatingPointError on a loss that is not finite; [num_seeds, updates of a segment]."""
+    finite = np.isfinite(metrics["policy_loss"] + metrics["value_loss"])
+    if not finite.all():
+        update = int(np.argmin(finite.all(axis=0)))
+        seed = config.seed + int(np.argmin(finite[:, update]))
+        raise FloatingPointError(
+            f"the loss of seed {seed} is not finite in update {first_update + update + 1}"
+        )
+
+
 def main() -> None:
     """Train from the command line, in segments between which files are written."""
     config = parse_command_line()
@@ -802,45 +827,14 @@ def main() -> None:
         init, update = make_train(config)
     except ValueError as error:
         fail(error)
-    script = Path(__file__).stem
-    name = f"{config.env_id}__{script}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(config.resume or Path("runs") / name)
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-
-    # A shape-only State of all seeds, from which a checkpoint is restored before anything compiles.
-    state = jax.eval_shape(jax.vmap(init), keys)
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    done = 0
-    try:
-        run_dir.mkdir(parents=True, exist_ok=config.resume is not None)
-        if not config.resume:
-            stored = {"script": script, **dataclasses.asdict(config)}
-            del stored["resume"]
-            (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
-    except OSError as error:
-        fail(f"cannot write to {run_dir}: {error}")
-    metrics_path = run_dir / "metrics.csv"
-    if config.resume:
-        done = checkpoints.latest_step()
-        try:
-            state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
-            # Rows written after the checkpoint belong to updates that will be done again.
-            rows = metrics_path.read_text().splitlines(keepends=True) if done else []
-            num_rows = 1 + done * config.num_seeds if done else 0
-            if len(rows) < num_rows:
-                raise ValueError("metrics.csv is shorter than the checkpoint says")
-            metrics_path.write_text("".join(rows[:num_rows]))
-        except Exception as error:  # whatever Orbax raises on a damaged file
-            fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
-
-    # Segments of equal length, about a hundredth of the run: one program serves them all.
-    longest = max(1, config.num_updates // 100)
-    length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
-    run_segment = jax.vmap(lambda state: jax.lax.scan(update, state, None, length))
+    run_dir, checkpoints, state, done = open_run(config, jax.eval_shape(jax.vmap(init), keys))
+    save = lambda: checkpoints.save(done, args=ocp.args.StandardSave(state))
+    how_to_resume = f"python {sys.argv[0]} --resume {run_dir}"
     print(
-        f"{script} on {config.env_id}: {config.num_seeds} seeds x {config.num_updates} updates "
-        f"x {config.batch_size} steps on {jax.devices()[0].device_kind}\nwriting {run_dir}"
+        f"{Path(__file__).stem} on {config.env_id}: {config.num_seeds} seeds x "
+        f"{config.num_updates} updates x {config.batch_size} steps, on "
+        f"{jax.devices()[0].device_kind}\nwriting {run_dir}"
     )
 
     # From here on the first Ctrl-C or SIGTERM asks for an end after the current segment.
@@ -850,72 +844,65 @@ def main() -> None:
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)  # the second one ends at once
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
 
+    # Segments of equal length, about a hundredth of the run: one program serves them all.
+    longest = max(1, config.num_updates // 100)
+    length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
+    run_segment = jax.vmap(lambda state: jax.lax.scan(update, state, None, length))
     start = time.perf_counter()
     if not config.resume:
         state = jax.jit(jax.vmap(init))(keys)
-        checkpoints.save(0, args=ocp.args.StandardSave(state))
+        save()
     run_segment = jax.jit(run_segment, donate_argnums=0).lower(state).compile()
     print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     start = saved = time.perf_counter()
-    first = done
     steps_per_update = config.num_seeds * config.batch_size
-    with tqdm(
+    progress = tqdm(
         total=config.num_updates * steps_per_update,
         initial=done * steps_per_update,
         unit="step",
         unit_scale=True,
-    ) as progress:
-        while done < config.num_updates and not signals:
-            state, metrics = run_segment(state)
-            metrics = jax.device_get(metrics)  # waits for the segment
-            loss = metrics["policy_loss"] + metrics["value_loss"]
-            if not np.isfinite(loss).all():
-                bad = int(np.argmin(np.isfinite(loss).all(axis=0)))
-                seed = config.seed + int(np.argmin(np.isfinite(loss[:, bad])))
-                progress.close()
-                print(
-                    f"error: the loss of seed {seed} is not finite in update {done + bad + 1}; "
-                    f"the last good checkpoint, update {checkpoints.latest_step()}, is in {run_dir}",
-                    file=sys.stderr,
-                )
-                sys.exit(1)
-            append_metrics(metrics_path, config, done, metrics)
-            done += length
-            progress.update(length * steps_per_update)
-            ended = metrics["episodic_return"]
-            if np.isfinite(ended).any():
-                progress.set_postfix_str(f"return {np.nanmean(ended):.2f}")
-            if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-                checkpoints.save(done, args=ocp.args.StandardSave(state))
-                saved = time.perf_counter()
-    seconds = time.perf_counter() - start
-    if done > (checkpoints.latest_step() or 0):
-        checkpoints.save(done, args=ocp.args.StandardSave(state))
-    rate = (done - first) * steps_per_update / seconds
-    print(f"trained {(done - first) * steps_per_update:,} steps in {seconds:.1f} s ({rate:,.0f}/s)")
+    )
+    while done < config.num_updates and not signals:
+        state, metrics = run_segment(state)
+        metrics = jax.device_get(metrics)  # waits for the segment
+        try:
+            check_finite(config, done, metrics)
+        except FloatingPointError as error:
+            progress.close()
+            print(
+                f"error: {error}; the last good checkpoint, of update "
+                f"{checkpoints.latest_step()}, is in {run_dir}",
+                file=sys.stderr,
+            )
+            sys.exit(1)
+        append_metrics(run_dir / "metrics.csv", config, done, metrics)
+        done += length
+        progress.update(length * steps_per_update)
+        if np.isfinite(metrics["episodic_return"]).any():
+            progress.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
+        if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            save()
+            saved = time.perf_counter()
+    progress.close()
+    seconds, steps = time.perf_counter() - start, progress.n - progress.initial
+    print(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
+    if done > checkpoints.latest_step():
+        save()
     if done:
         plot_learning_curve(run_dir, config)
     if signals:
-        print(
-            f"stopped after update {done} of {config.num_updates}; to go on:\n"
-            f"  python {sys.argv[0]} --resume {run_dir}"
-        )
+        print(f"stopped after update {done} of {config.num_updates}; go on with\n  {how_to_resume}")
         sys.exit(128 + signals[0])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: nothing left to protect
-    # The keys of the evaluation are none that training splits off.
-    evaluation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
-    returns, lengths = jax.device_get(
-        jax.jit(jax.vmap(partial(evaluate, config, num_episodes=EVALUATION_EPISODES)))(
-            state, evaluation_keys
-        )
-    )
-    report_evaluation(run_dir, config, returns, lengths)
+    play = jax.vmap(partial(evaluate, config, num_episodes=EVALUATION_EPISODES))
+    evaluation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # unused so far
+    report_evaluation(run_dir, config, *jax.device_get(jax.jit(play)(state, evaluation_keys)))
     print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
 
 

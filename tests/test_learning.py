@@ -1,7 +1,6 @@
 """Learning with the default configuration: several seeds, thresholds that a broken one misses."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import numpy as np

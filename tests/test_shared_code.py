@@ -59,6 +59,6 @@ def test_a_script_stands_alone_and_keeps_the_order(script):
     names = [name for name in definitions(script) if name in order]
     assert names == order
     # Above the host side nothing prints, writes or reads the clock.
-    pure = script.read_text().split("# The host side")[0]
+    pure = script.read_text().split("# ---- The host side")[0]
     for word in ("print(", "time.perf_counter", "time.time", "open("):
         assert word not in pure
