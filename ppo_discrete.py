@@ -37,7 +37,6 @@ import dataclasses
 import difflib
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -135,8 +134,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def default_config(env_id: str = Config.env_id) -> Config:
+def default_config(env_id: str | None = None) -> Config:
     """The configuration that the command line starts from: the defaults and the preset."""
+    env_id = env_id or Config.env_id
     return Config(env_id=env_id, **PRESETS.get(env_id.rpartition("-")[2], {}))
 
 
@@ -668,36 +668,38 @@ EVALUATION_EPISODES = 100  # per seed
 
 def fail(message: object) -> None:
     """End with a message and exit code 2, as for every mistake of the user's."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(2)  # at once: reads of a damaged checkpoint may be under way, and would complain
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """The configuration of an earlier run; ValueError if that is not possible."""
+    path = Path(run_dir) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        script = stored.pop("script")
+        if script != Path(__file__).stem:
+            raise ValueError(f"this is a run of {script}.py")
+        return Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"cannot continue from {path}: {error!r}") from error
 
 
 def parse_command_line() -> Config:
     """The configuration from flags, over the preset of the environment or the resumed run's."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--env-id", "--env_id", nargs="?", default=Config.env_id)
+    finder.add_argument("--env-id", "--env_id", nargs="?")
     finder.add_argument("--resume", nargs="?")
     found = finder.parse_known_args()[0]
-    default = default_config(found.env_id or Config.env_id)
-    if found.resume:
-        try:
-            stored = json.loads((Path(found.resume) / "config.json").read_text())
-            script = stored.pop("script")
-            stored["hidden_sizes"] = tuple(stored["hidden_sizes"])
-            default = Config(**stored, resume=found.resume)
-        except OSError as error:
-            fail(f"{found.resume} is not the directory of a run: {error}")
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            fail(f"{found.resume}/config.json is damaged, or not of this script: {error}")
-        if script != Path(__file__).stem:
-            fail(f"{found.resume} is a run of {script}.py, not of {Path(__file__).name}")
+    try:
+        default = load_config(found.resume) if found.resume else default_config(found.env_id)
+    except ValueError as error:
+        fail(error)
+    default = dataclasses.replace(default, resume=found.resume)
     config = tyro.cli(Config, default=default)
     for name, value in vars(config).items():
         if found.resume and value != getattr(default, name):
-            fail(
-                f"{found.resume} was started with {name} = {getattr(default, name)}; "
-                f"it cannot go on with {value}"
-            )
+            fail(f"{found.resume} was started with {name} = {getattr(default, name)}, not {value}")
     return config
 
 
@@ -790,13 +792,20 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
             stored = {"script": script, **dataclasses.asdict(config)}
             del stored["resume"]
             (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        checkpoints = ocp.CheckpointManager(run_dir.resolve() / "checkpoints", options=options)
+        checkpoints = ocp.CheckpointManager(
+            run_dir.resolve() / "checkpoints",
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
     except OSError as error:
         fail(f"cannot write to {run_dir}: {error}")
     if not config.resume:
         return run_dir, checkpoints, state, 0
     try:
         done = checkpoints.latest_step()
+        stored, shape = checkpoints.item_metadata(done), lambda x: x.shape
+        if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
+            raise ValueError("its networks have other sizes")
         state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
         # Rows written after the checkpoint belong to updates that will be done again.
         num_rows = 1 + done * config.num_seeds if done else 0

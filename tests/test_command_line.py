@@ -172,15 +172,13 @@ BAD = {
     "not finite": (["--ent-coef", "nan"], "ent_coef must be finite"),
     "too few steps": (["--total-timesteps", 10], "less than one rollout"),
     "unknown flag": (["--lerning-rate", 1], "--learning-rate"),
-    "missing run": (["--resume", "nowhere"], "nowhere is not the directory of a run"),
+    "missing run": (["--resume", "nowhere"], "cannot continue from nowhere/config.json"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_gets_one_clear_message(case, run, tmp_path):
     arguments, message = BAD[case]
-    if case == "download":  # gymnax keeps what it has downloaded once
-        pytest.importorskip("six")
     code, output, errors = run(*arguments)
     text = re.sub(r"[\s│]+", " ", output + errors)
     assert code == 2 and message in text and "Traceback" not in text
@@ -202,11 +200,11 @@ def test_bad_run_directories(run, tmp_path):
     refused("was started with learning_rate", "--learning-rate", 0.5)
     config = (run_dir / "config.json").read_text()
     (run_dir / "config.json").write_text(config.replace(SCRIPT, "trpo"))
-    refused("is a run of trpo.py")
+    refused("this is a run of trpo.py")
     (run_dir / "config.json").write_text(config.replace("num_envs", "number"))
-    refused("damaged")
+    refused("cannot continue from")
     (run_dir / "config.json").write_text("[]")
-    refused("damaged")
+    refused("cannot continue from")
     # Another network than the checkpoint's.
     wider = config.replace('"hidden_sizes": [\n    8', '"hidden_sizes": [\n    9')
     (run_dir / "config.json").write_text(wider)
@@ -224,3 +222,16 @@ def test_an_unwritable_folder(run, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     code, _, errors = run(*QUICK)
     assert code == 2 and "cannot write to" in errors and "Traceback" not in errors
+
+
+def test_the_readme_shows_how_to_load_a_checkpoint(run, tmp_path, environment):
+    code, _, errors = run(*QUICK, "--total-timesteps", 128)
+    assert code == 0, errors
+    readme = (ROOT / "README.md").read_text()
+    code = readme.split("<!-- load -->")[1].split("```python")[1].split("```")[0]
+    code = re.sub(r'"runs/[^"]*"', repr(str(only_run(tmp_path))), code)
+    code = code.replace("ppo_discrete", SCRIPT) + "\nprint('action', action)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
+    )
+    assert re.search(r"action \[[01]\]", result.stdout), result.stderr
