@@ -10,25 +10,29 @@ further: once the ratio has left [1-ε, 1+ε] in the direction that its advantag
 gradient of that sample is zero; a sample that moved in the wrong direction is always pulled back.
 
     L_CLIP(θ) = E[ min( r_t Â_t , clip(r_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
-    maximise    L_CLIP - c_1 (V_θ(s_t) - V_target)² + c_2 S[π_θ](s_t)                      (eq. 9)
+    maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
 
 Each iteration rolls out N environments for T steps, estimates Â, and takes K epochs of minibatch
 steps with Adam. `train(config, key)` does all of it, environments included, in one pure function:
-`jit` compiles it, `vmap` trains many seeds at once.
+`jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
+segments, to move a progress bar and write files between them.
 
     python ppo_discrete.py                                   # CartPole-v1, 8 seeds, 500k steps each
     python ppo_discrete.py --env-id Acrobot-v1 --num-seeds 3
     python ppo_discrete.py --help
 
-Shapes: T = num_steps, N = num_envs, M = minibatch_size, D = length of the observation vector,
-A = number of actions. Arrays of a rollout are [T, N, ...]; under vmap a seed axis stands in front.
+Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
+D = length of the observation vector, A = number of actions. Arrays of a rollout are [T, N, ...];
+under vmap a seed axis stands in front.
 
-Departures from the paper, each with its source where it occurs in the code: a time limit is not the
-end of an episode for the value function; advantages are normalised per minibatch; observations and
-rewards are scaled by running statistics; the gradient norm is clipped; the learning rate decays.
-The entropy bonus is there but off (c_2 = 0) unless the environment needs it.
+Departures from the paper, explained where they occur: a time limit is not the end of an episode for
+the value function; advantages are normalised per minibatch; observations and rewards are scaled by
+running statistics; the gradient norm is clipped; Adam's ε is 1e-5; weights start orthogonal; the
+value loss has a ½. These are among the details of Huang et al. 2022 ("The 37 Implementation Details
+of PPO"), most of them measured by Engstrom et al. 2020 and Andrychowicz et al. 2020. The entropy
+bonus is there but off (c_2 = 0) unless the environment needs it.
 """
 
 import argparse
@@ -79,8 +83,8 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1)
-    max_grad_norm: float = 2.0  # a gradient of larger global norm is scaled down to it
+    vf_coef: float = 0.5  # weight of the value loss (c_1) in the joint gradient norm
+    max_grad_norm: float = 2.0  # a gradient whose norm is larger is scaled down to this
     normalize_obs: bool = True  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
@@ -121,6 +125,8 @@ class Config:
                 f"num_steps x num_envs = {self.batch_size} transitions do not divide into "
                 f"num_minibatches = {self.num_minibatches} equal parts"
             )
+        if self.minibatch_size < 2:
+            raise ValueError("minibatch_size 1 leaves nothing to normalise; lower num_minibatches")
         if self.num_updates < 1:
             raise ValueError(
                 f"total_timesteps = {self.total_timesteps} is less than one rollout of "
@@ -239,7 +245,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     (terminated, or cut by a time limit) stops the recursion: the next row is another episode. A
     step that is only cut by a time limit therefore still bootstraps (Pardo et al. 2018).
 
-    All arrays [T, N]; returns the advantage and the value target Â + V, both [T, N].
+    All arrays [T, N]; returns the advantage Â and the critic's regression target Â + V, which is
+    the λ-return, both [T, N].
     """
     delta = reward + gamma * next_value * (1.0 - terminated) - value
 
@@ -248,13 +255,15 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
+    # The body is a handful of operations on N numbers: unrolling saves most of the loop's overhead.
     zero = jnp.zeros_like(delta[0])
     _, advantage = jax.lax.scan(step, zero, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the minibatch, [M] -> [M]: makes the step size scale-free."""
+    """Mean 0 and deviation 1 over the minibatch, [M] -> [M]: the step does not depend on the scale
+    of the rewards (in OpenAI baselines; detail 7 of Huang et al.)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -318,7 +327,7 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
 
-    The mean is not subtracted: that would change which policy is best.
+    The mean is not subtracted: paying less for every step would change which policy is best.
     """
     if stats is None:
         return reward
@@ -331,7 +340,9 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     `jax.random.permutation` sorts pairs, twice. Here the index sits in the low bits of a random
     word, so that one sort of plain integers carries it along: three to seven times faster, where
     shuffling is a third of all training time. Words whose random high bits agree keep the order of
-    their indices; with 8192 transitions those are some 60 of 33 million pairs.
+    their indices: with 8192 transitions those are some 60 of 33 million pairs. With a million they
+    are runs of about 256, which still matter little, since only a run that a minibatch boundary
+    divides is not divided at random.
     """
     index_bits = (batch_size - 1).bit_length()
     low = jnp.uint32(2**index_bits - 1)
@@ -366,7 +377,7 @@ def make_env(env_id: str) -> Environment:
             + f" gymnax has: {', '.join(sorted(gymnax.registered_envs))}"
         )
     try:
-        with jax.ensure_compile_time_eval():  # some constructors compute; not inside our trace
+        with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
             env, env_params = gymnax.make(env_id)
     except OSError as error:
         raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
@@ -410,10 +421,11 @@ class Transition(NamedTuple):
     next_obs: jax.Array  # [N, D] what the step led to, before any reset
     action: jax.Array  # [N]
     log_prob: jax.Array  # [N] log π_old(action | obs), frozen for all epochs
-    reward: jax.Array  # [N] as the environment gave it
+    reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} within the episode, for the reward scale
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
+    # backwards, since the future is not known yet; its spread sets the scale of the rewards
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far
     episode_length: jax.Array  # [N] its number of steps
 
@@ -424,7 +436,7 @@ class Batch(NamedTuple):
     obs: jax.Array  # [B, D] normalised
     action: jax.Array  # [B]
     log_prob: jax.Array  # [B]
-    value: jax.Array  # [B] V(obs) before the update
+    value: jax.Array  # [B] V(obs) before the update, in units of the scaled reward
     advantage: jax.Array  # [B]
     target: jax.Array  # [B]
 
@@ -441,7 +453,7 @@ class State(NamedTuple):
     discounted_return: jax.Array  # [N]
     episode_return: jax.Array  # [N]
     episode_length: jax.Array  # [N]
-    num_updates: jax.Array  # [] updates done
+    updates_done: jax.Array  # []
     key: jax.Array  # [] PRNG key
 
 
@@ -460,13 +472,15 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
     critic = Critic(config.hidden_sizes, config.activation)
     num_gradient_steps = config.update_epochs * config.num_minibatches  # per update
 
-    def learning_rate(step):
-        """Adam's step size at gradient step `step`; within an update it stays the same."""
-        done = step // num_gradient_steps / config.num_updates
-        return config.learning_rate * (1.0 - done * config.anneal_lr)
+    def learning_rate(gradient_step):
+        """Adam's step size; it stays the same within an update (detail 4 of Huang et al.)."""
+        if not config.anneal_lr:
+            return config.learning_rate
+        progress = gradient_step // num_gradient_steps / config.num_updates
+        return config.learning_rate * (1.0 - progress)
 
-    # Adam's ε is 1e-5 in OpenAI's code. `flatten` turns a dozen small arrays into one vector, on
-    # which the norm and Adam cost a few operations instead of a few dozen.
+    # Adam's ε and the clipping of the norm are OpenAI's (details 3 and 11). `flatten` turns a dozen
+    # small arrays into one vector, on which both cost a few operations instead of a few dozen.
     optimizer = optax.flatten(
         optax.chain(
             optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5)
@@ -487,7 +501,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             discounted_return=jnp.zeros(config.num_envs),
             episode_return=jnp.zeros(config.num_envs),
             episode_length=jnp.zeros(config.num_envs, jnp.int32),
-            num_updates=jnp.asarray(0),
+            updates_done=jnp.asarray(0),
             key=key,
         )
         # Some environments return weakly typed numbers. Left so, the state would change its type
@@ -515,13 +529,13 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             episode_length=state.episode_length + 1,
         )
         # The running sums are read first and reset after: the last step of an episode counts.
-        reset = lambda x: jnp.where(transition.done, 0, x)
+        restart = lambda x: jnp.where(transition.done, 0, x)
         state = state._replace(
             env_state=env_state,
             obs=obs,
-            discounted_return=reset(transition.discounted_return),
-            episode_return=reset(transition.episode_return),
-            episode_length=reset(transition.episode_length),
+            discounted_return=restart(transition.discounted_return),
+            episode_return=restart(transition.episode_return),
+            episode_length=restart(transition.episode_length),
         )
         return state, transition
 
@@ -541,6 +555,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             # E[(r - 1) - log r]: like -log r an unbiased estimate of KL(π_old ‖ π), but never
             # negative and of less variance (J. Schulman, "Approximating KL divergence", 2020).
             "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
+            # ... of ratios outside the band, on either side.
             "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
         }
         objective = (
@@ -563,12 +578,14 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         key, action_key, env_key, shuffle_key = jax.random.split(state.key, 4)
 
         # Roll out. All keys come from two calls, which costs less than splitting in every step.
-        action_keys = jax.random.split(action_key, config.num_steps)
-        env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))
+        action_keys = jax.random.split(action_key, config.num_steps)  # [T]
+        env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))  # [T, N]
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
-        # Estimate advantages. The observation statistics are those of the rollout, or π_old would
-        # not be the policy that acted; the reward scale may already know the new returns.
+        # Estimate advantages. Observations are normalised as they were during the rollout, so that
+        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
+        # The reward scale may know the new returns at once: it is one factor for the whole rollout.
+        # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
@@ -600,21 +617,22 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             partial(minibatch_step, batch), (state.params, state.opt_state), indices
         )
 
-        # Episodes that ended in this rollout; NaN where none did.
-        mean_of_ended = lambda x: jnp.mean(flatten(x), where=flatten(rollout.done))
+        # Losses are means over all gradient steps, returns over the episodes that ended in this
+        # rollout: NaN where none did.
+        mean_of_ended = lambda x: jnp.mean(x, where=rollout.done)
         metrics = {
             "episodic_return": mean_of_ended(rollout.episode_return),
             "episodic_length": mean_of_ended(rollout.episode_length),
             **jax.tree.map(jnp.mean, losses),
             "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
-            "learning_rate": learning_rate(state.num_updates * num_gradient_steps),
+            "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
         state = state._replace(
             params=params,
             opt_state=opt_state,
             obs_stats=obs_stats,
             return_stats=return_stats,
-            num_updates=state.num_updates + 1,
+            updates_done=state.updates_done + 1,
             key=key,
         )
         return state, metrics
@@ -633,8 +651,9 @@ def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
 
 
 def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
-    """Play greedily (the most probable action), with the statistics as they are.
+    """Play greedily (the most probable action), with the statistics frozen.
 
+    An environment that never ends an episode nor cuts it would be played for ever.
     Returns the return and the length of each episode, both [num_episodes], unscaled.
     """
     env = make_env(config.env_id)
@@ -662,7 +681,7 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
 
 # ---- The host side: nothing above prints, writes or reads the clock -----------------------------
 
-CHECKPOINT_SECONDS = 30  # at most this much work is lost by a kill
+CHECKPOINT_SECONDS = 30  # a kill loses at most this and a segment
 EVALUATION_EPISODES = 100  # per seed
 
 
@@ -687,6 +706,7 @@ def load_config(run_dir: str | Path) -> Config:
 
 def parse_command_line() -> Config:
     """The configuration from flags, over the preset of the environment or the resumed run's."""
+    # A first pass finds only the two flags on which the defaults of the others depend.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--env-id", "--env_id", nargs="?")
     finder.add_argument("--resume", nargs="?")
@@ -704,7 +724,7 @@ def parse_command_line() -> Config:
 
 
 def interquartile_mean(x, axis=-1):
-    """The mean of the middle half (Agarwal et al. 2021)."""
+    """The mean of the middle half (Agarwal et al. 2021); of fewer than four, the plain mean."""
     return scipy.stats.trim_mean(x, 0.25, axis=axis)
 
 
@@ -737,7 +757,8 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
     mean = np.nanmean(returns, axis=1)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
     if config.num_seeds > 1:
-        error = 1.96 * scipy.stats.sem(returns, axis=1, nan_policy="omit")
+        quantile = scipy.stats.t.ppf(0.975, np.isfinite(returns).sum(axis=1) - 1)
+        error = quantile * scipy.stats.sem(returns, axis=1, nan_policy="omit")
         axes.fill_between(
             steps, mean - error, mean + error, alpha=0.3, linewidth=0, label="95 % interval"
         )
@@ -779,7 +800,7 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
 def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager, State, int]:
     """Create the run's directory, or open the one to resume.
 
-    `state` has shapes only; on resuming it comes back filled, with the number of updates done.
+    `state` has shapes only; on resuming it comes back filled, with the number of updates it is of.
     """
     script = Path(__file__).stem
     name = f"{config.env_id}__{script}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -802,24 +823,26 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
     if not config.resume:
         return run_dir, checkpoints, state, 0
     try:
-        done = checkpoints.latest_step()
-        stored, shape = checkpoints.item_metadata(done), lambda x: x.shape
+        updates_done = checkpoints.latest_step()
+        stored, shape = checkpoints.item_metadata(updates_done), lambda x: x.shape
         if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
             raise ValueError("its networks have other sizes")
-        state = checkpoints.restore(done, args=ocp.args.StandardRestore(state))
+        state = checkpoints.restore(updates_done, args=ocp.args.StandardRestore(state))
         # Rows written after the checkpoint belong to updates that will be done again.
-        num_rows = 1 + done * config.num_seeds if done else 0
-        rows = (run_dir / "metrics.csv").read_text().splitlines(keepends=True) if done else []
+        num_rows = 1 + updates_done * config.num_seeds if updates_done else 0
+        rows = (
+            (run_dir / "metrics.csv").read_text().splitlines(keepends=True) if updates_done else []
+        )
         if len(rows) < num_rows:
             raise ValueError("metrics.csv is shorter than the checkpoint says")
         (run_dir / "metrics.csv").write_text("".join(rows[:num_rows]))
     except Exception as error:  # whatever Orbax raises on a damaged file
         fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
-    return run_dir, checkpoints, state, done
+    return run_dir, checkpoints, state, updates_done
 
 
-def check_finite(config: Config, first_update: int, metrics: dict) -> None:
-    """Raise FloatingPointError on a loss that is not finite; [num_seeds, updates of a segment]."""
+def check_finite(config: Config, first_update: int, state: State, metrics: dict) -> None:
+    """Raise FloatingPointError on a loss, [num_seeds, updates], or a weight that is not finite."""
     finite = np.isfinite(metrics["policy_loss"] + metrics["value_loss"])
     if not finite.all():
         update = int(np.argmin(finite.all(axis=0)))
@@ -827,6 +850,9 @@ def check_finite(config: Config, first_update: int, metrics: dict) -> None:
         raise FloatingPointError(
             f"the loss of seed {seed} is not finite in update {first_update + update + 1}"
         )
+    if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)):
+        last_update = first_update + finite.shape[1]
+        raise FloatingPointError(f"the weights are not finite after update {last_update}")
 
 
 def main() -> None:
@@ -837,9 +863,9 @@ def main() -> None:
     except ValueError as error:
         fail(error)
     keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    run_dir, checkpoints, state, done = open_run(config, jax.eval_shape(jax.vmap(init), keys))
-    save = lambda: checkpoints.save(done, args=ocp.args.StandardSave(state))
-    how_to_resume = f"python {sys.argv[0]} --resume {run_dir}"
+    shapes = jax.eval_shape(jax.vmap(init), keys)
+    run_dir, checkpoints, state, updates_done = open_run(config, shapes)
+    save = lambda step, state: checkpoints.save(step, args=ocp.args.StandardSave(state))
     print(
         f"{Path(__file__).stem} on {config.env_id}: {config.num_seeds} seeds x "
         f"{config.num_updates} updates x {config.batch_size} steps, on "
@@ -856,62 +882,62 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
-    # Segments of equal length, about a hundredth of the run: one program serves them all.
+    # Segments of equal length, at most a hundredth of the run: one program serves them all.
+    # Donation lets the new state take the memory of the old one.
     longest = max(1, config.num_updates // 100)
     length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
-    run_segment = jax.vmap(lambda state: jax.lax.scan(update, state, None, length))
+    segment = jax.vmap(lambda state: jax.lax.scan(update, state, None, length))
     start = time.perf_counter()
     if not config.resume:
         state = jax.jit(jax.vmap(init))(keys)
-        save()
-    run_segment = jax.jit(run_segment, donate_argnums=0).lower(state).compile()
+        save(0, state)
+    run_segment = jax.jit(segment, donate_argnums=0).lower(state).compile()
     print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     start = saved = time.perf_counter()
     steps_per_update = config.num_seeds * config.batch_size
     progress = tqdm(
         total=config.num_updates * steps_per_update,
-        initial=done * steps_per_update,
+        initial=updates_done * steps_per_update,
         unit="step",
         unit_scale=True,
     )
-    while done < config.num_updates and not signals:
+    while updates_done < config.num_updates and not signals:
         state, metrics = run_segment(state)
         metrics = jax.device_get(metrics)  # waits for the segment
         try:
-            check_finite(config, done, metrics)
+            check_finite(config, updates_done, state, metrics)
         except FloatingPointError as error:
             progress.close()
-            print(
-                f"error: {error}; the last good checkpoint, of update "
-                f"{checkpoints.latest_step()}, is in {run_dir}",
-                file=sys.stderr,
-            )
+            last_good = f"the last good checkpoint, of update {checkpoints.latest_step()}"
+            print(f"error: {error}; {last_good}, is in {run_dir}", file=sys.stderr)
             sys.exit(1)
-        append_metrics(run_dir / "metrics.csv", config, done, metrics)
-        done += length
+        append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
+        updates_done += length
         progress.update(length * steps_per_update)
         if np.isfinite(metrics["episodic_return"]).any():
             progress.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
         if time.perf_counter() - saved > CHECKPOINT_SECONDS:
-            save()
+            save(updates_done, state)
             saved = time.perf_counter()
     progress.close()
     seconds, steps = time.perf_counter() - start, progress.n - progress.initial
     print(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
-    if done > checkpoints.latest_step():
-        save()
-    if done:
+    if updates_done > checkpoints.latest_step():
+        save(updates_done, state)
+    if updates_done:
         plot_learning_curve(run_dir, config)
     if signals:
-        print(f"stopped after update {done} of {config.num_updates}; go on with\n  {how_to_resume}")
+        print(f"stopped after update {updates_done} of {config.num_updates}; go on with")
+        print(f"  python {sys.argv[0]} --resume {run_dir}")
         sys.exit(128 + signals[0])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # all is saved: nothing left to protect
-    play = jax.vmap(partial(evaluate, config, num_episodes=EVALUATION_EPISODES))
-    evaluation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)  # unused so far
-    report_evaluation(run_dir, config, *jax.device_get(jax.jit(play)(state, evaluation_keys)))
+    # Keys of a stream of their own: no split of a seed's key reaches this number.
+    evaluation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
+    play = jax.jit(jax.vmap(partial(evaluate, config, num_episodes=EVALUATION_EPISODES)))
+    report_evaluation(run_dir, config, *jax.device_get(play(state, evaluation_keys)))
     print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
 
 

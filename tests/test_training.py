@@ -112,7 +112,7 @@ def test_every_discrete_environment_trains(env_id, keys):
     state, metrics = jax.jit(partial(train, config))(keys(1)[0])
     assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
-    assert int(state.num_updates) == 2
+    assert int(state.updates_done) == 2
 
 
 def test_a_wrapped_environment_trains(keys):
@@ -185,6 +185,18 @@ def test_statistics_are_updated_once_after_each_rollout(keys):
     assert make_train(off)[0](keys(1)[0]).obs_stats is None
 
 
+def test_the_next_observation_is_that_before_the_reset(keys):
+    env = ppo_discrete.make_env("ProbeTerminated-test")
+    obs, env_state = env.reset(keys(3))
+    for time in range(1, 6):  # [cue, time]; the fifth step ends the episode
+        obs, env_state, next_obs, reward, terminated, truncated = env.step(
+            keys(3), env_state, jnp.zeros(3, int)
+        )
+        np.testing.assert_array_equal(next_obs, [[1, time]] * 3)
+        np.testing.assert_array_equal(obs, [[1, time % 5]] * 3)
+        assert (terminated == (time == 5)).all() and not truncated.any() and (reward == 1).all()
+
+
 # ---- Probe environments: each isolates one part ----
 
 PROBE = Config(
@@ -236,6 +248,11 @@ def test_probe_delayed_reward_is_discounted(keys):
 def test_probe_action_is_learned(keys):
     _, probability = solve(replace(PROBE, env_id="ProbeAction-test"), keys)
     assert (probability([1, 0]) > 0.95).all()
+
+
+def test_the_entropy_bonus_keeps_the_policy_random(keys):
+    _, probability = solve(replace(PROBE, env_id="ProbeAction-test", ent_coef=10.0), keys)
+    np.testing.assert_allclose(probability([1, 0]), 0.5, atol=0.05)
 
 
 def test_probe_action_depends_on_the_observation(keys):
@@ -291,6 +308,7 @@ def test_defaults_and_presets():
     "wrong",
     [
         {"num_minibatches": 3},
+        {"num_minibatches": 2048},
         {"total_timesteps": 100},
         {"num_envs": 0},
         {"learning_rate": float("nan")},
