@@ -136,7 +136,7 @@ class Config:
 
 # Families of environments that need other values than the defaults, by the end of their name.
 PRESETS: dict[str, dict[str, Any]] = {
-    "MinAtar": dict(num_envs=64, learning_rate=1e-3, ent_coef=0.01, activation="relu")
+    "MinAtar": dict(num_envs=64, learning_rate=2e-3, ent_coef=0.02, activation="relu")
 }
 
 
