@@ -211,7 +211,7 @@ def mlp(x: jax.Array, hidden_sizes: tuple[int, ...], activation: str) -> jax.Arr
 class Actor(nn.Module):
     """Observation [..., D] -> policy over A actions."""
 
-    num_actions: int
+    action_size: int
     hidden_sizes: tuple[int, ...]
     activation: str
 
@@ -219,7 +219,7 @@ class Actor(nn.Module):
     def __call__(self, obs):
         x = mlp(obs, self.hidden_sizes, self.activation)
         # Tiny weights make the first policy nearly uniform (Andrychowicz et al. 2020, 3.2).
-        return Categorical(nn.Dense(self.num_actions, kernel_init=orthogonal(0.01))(x))
+        return Categorical(nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x))
 
 
 class Critic(nn.Module):
@@ -360,7 +360,14 @@ class Environment(NamedTuple):
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
     step: Callable  # keys [N], env_state, action [N] -> see `make_env`
-    num_actions: int
+    action_size: int  # A
+
+
+def action_interface(env_id: str, space: Any) -> tuple[int, Callable]:
+    """A, and the function from the policy's action to the environment's: here they are the same."""
+    if not isinstance(space, gymnax.environments.spaces.Discrete):
+        raise ValueError(f"{env_id} has continuous actions: use ppo_continuous.py")
+    return space.n, lambda action: action
 
 
 def make_env(env_id: str) -> Environment:
@@ -383,8 +390,7 @@ def make_env(env_id: str) -> Environment:
         raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
     action_space = env.action_space(env_params)
     obs_space = env.observation_space(env_params)
-    if not isinstance(action_space, gymnax.environments.spaces.Discrete):
-        raise ValueError(f"{env_id} has continuous actions: use ppo_continuous.py")
+    action_size, to_env_action = action_interface(env_id, action_space)
 
     def observe(obs):
         """One observation as a flat float vector [D]; a category becomes a one-hot vector."""
@@ -402,13 +408,13 @@ def make_env(env_id: str) -> Environment:
         """One step and, where an episode ends, a reset: `obs` opens the new episode, `next_obs` is
         the last observation of the old one (elsewhere they are equal)."""
         obs, env_state, reward, terminated, truncated, info = env.step(
-            key, env_state, action, env_params
+            key, env_state, to_env_action(action), env_params
         )
         next_obs = observe(info["final_observation"])
         reward = jnp.asarray(reward, jnp.float32)
         return observe(obs), env_state, next_obs, reward, terminated, truncated
 
-    return Environment(reset, step, action_space.n)
+    return Environment(reset, step, action_size)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -468,7 +474,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         update(state, _) -> State, metrics: one iteration, in the form that `lax.scan` wants.
     """
     env = make_env(config.env_id)
-    actor = Actor(env.num_actions, config.hidden_sizes, config.activation)
+    actor = Actor(env.action_size, config.hidden_sizes, config.activation)
     critic = Critic(config.hidden_sizes, config.activation)
     num_gradient_steps = config.update_epochs * config.num_minibatches  # per update
 
@@ -651,13 +657,13 @@ def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
 
 
 def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
-    """Play greedily (the most probable action), with the statistics frozen.
+    """Play greedily (the mode of the policy), with the statistics frozen.
 
     An environment that never ends an episode nor cuts it would be played for ever.
     Returns the return and the length of each episode, both [num_episodes], unscaled.
     """
     env = make_env(config.env_id)
-    actor = Actor(env.num_actions, config.hidden_sizes, config.activation)
+    actor = Actor(env.action_size, config.hidden_sizes, config.activation)
     reset_key, step_key = jax.random.split(key)
     obs, env_state = env.reset(jax.random.split(reset_key, num_episodes))
 

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: in a subprocess, from an empty folder."""
 
 import csv
+import functools
 import json
 import os
 import re
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-SCRIPT = "ppo_discrete"
+SCRIPTS = {"ppo_discrete": "CartPole-v1", "ppo_continuous": "Pendulum-v1"}
+every_script = pytest.mark.parametrize("script", SCRIPTS, indirect=True)
 QUICK = ["--num-seeds", "2", "--num-envs", "4", "--num-steps", "16", "--hidden-sizes", "8"]
 
 
@@ -31,13 +33,19 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture
-def start(tmp_path, environment):
+def script(request):
+    """Name of the script: all of them with @every_script, else the first."""
+    return getattr(request, "param", "ppo_discrete")
+
+
+@pytest.fixture
+def start(tmp_path, environment, script):
     """Start a copy of the script, alone in an empty folder, there."""
-    shutil.copy(ROOT / f"{SCRIPT}.py", tmp_path)
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
 
     def run(*arguments):
         return subprocess.Popen(
-            [sys.executable, f"{SCRIPT}.py", *map(str, arguments)],
+            [sys.executable, f"{script}.py", *map(str, arguments)],
             cwd=tmp_path,
             env=environment,
             text=True,
@@ -82,15 +90,16 @@ def wait_for_update(run_dir, update):
     raise TimeoutError
 
 
-def test_outputs(run, tmp_path):
+@every_script
+def test_outputs(run, tmp_path, script):
     code, output, errors = run(*QUICK, "--seed", 3, "--total-timesteps", 64 * 6 + 63)
     assert code == 0, errors
     run_dir = only_run(tmp_path)
-    assert re.fullmatch(rf"CartPole-v1__{SCRIPT}__3__\d{{8}}-\d{{6}}", run_dir.name)
+    assert re.fullmatch(rf"{SCRIPTS[script]}__{script}__3__\d{{8}}-\d{{6}}", run_dir.name)
     assert "2 seeds x 6 updates x 64 steps" in output and "trained 768 steps in" in output
     assert "compiled in" in output and "95 % bootstrap interval" in output
     config = json.loads((run_dir / "config.json").read_text())
-    assert config["script"] == SCRIPT and config["num_envs"] == 4
+    assert config["script"] == script and config["num_envs"] == 4
 
     rows = rows_of(run_dir / "metrics.csv")
     assert [(row["seed"], row["update"], row["env_step"]) for row in rows] == [
@@ -104,8 +113,11 @@ def test_outputs(run, tmp_path):
     assert [(int(row["seed"]), int(row["episode"])) for row in rows] == [
         (seed, episode) for seed in (3, 4) for episode in range(100)
     ]
-    # CartPole pays 1 per step.
-    assert all(float(row["episodic_return"]) == int(row["episodic_length"]) for row in rows)
+    if script == "ppo_discrete":  # CartPole pays 1 per step
+        assert all(float(row["episodic_return"]) == int(row["episodic_length"]) for row in rows)
+    else:  # Pendulum lasts 200 steps and never pays
+        assert {row["episodic_length"] for row in rows} == {"200"}
+        assert all(-2000 < float(row["episodic_return"]) < 0 for row in rows)
     picture = matplotlib.image.imread(run_dir / "learning_curve.png")
     assert picture.shape[0] > 300 and picture.std() > 0.01
 
@@ -115,18 +127,35 @@ LONG = [*QUICK, "--total-timesteps", 64 * 3000]
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    command = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *map(str, LONG)]
-    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
-    return only_run(folder)
+    """The directory of a long run that nothing disturbed, made once per script."""
+
+    @functools.cache
+    def run_dir(script):
+        folder = tmp_path_factory.mktemp("uninterrupted")
+        command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, LONG)]
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+        return only_run(folder)
+
+    return run_dir
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_an_interrupted_run_resumes_to_the_same_bits(number, start, run, tmp_path, uninterrupted):
+@pytest.mark.parametrize(
+    "script, number",
+    [
+        ("ppo_discrete", signal.SIGINT),
+        ("ppo_discrete", signal.SIGTERM),
+        ("ppo_discrete", signal.SIGKILL),
+        ("ppo_continuous", signal.SIGKILL),
+    ],
+    indirect=["script"],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    script, number, start, run, tmp_path, uninterrupted
+):
     if number == signal.SIGKILL:  # write checkpoints all the time, so that it hits one of them
-        script = tmp_path / f"{SCRIPT}.py"
-        often = script.read_text().replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 0")
-        script.write_text(often)
+        path = tmp_path / f"{script}.py"
+        often = path.read_text().replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 0")
+        path.write_text(often)
     process = start(*LONG)
     while not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir()):
         assert process.poll() is None, process.communicate()
@@ -148,7 +177,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(number, start, run, tmp_pat
     code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
     assert code == 0, errors
     for name in ("metrics.csv", "evaluation.csv"):
-        assert (run_dir / name).read_bytes() == (uninterrupted / name).read_bytes()
+        assert (run_dir / name).read_bytes() == (uninterrupted(script) / name).read_bytes()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
@@ -185,7 +214,7 @@ def test_bad_input_gets_one_clear_message(case, run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_run_directories(run, tmp_path):
+def test_bad_run_directories(run, tmp_path, script):
     code, _, errors = run(*QUICK, "--total-timesteps", 128)
     assert code == 0, errors
     run_dir = only_run(tmp_path)
@@ -199,7 +228,7 @@ def test_bad_run_directories(run, tmp_path):
 
     refused("was started with learning_rate", "--learning-rate", 0.5)
     config = (run_dir / "config.json").read_text()
-    (run_dir / "config.json").write_text(config.replace(SCRIPT, "trpo"))
+    (run_dir / "config.json").write_text(config.replace(script, "trpo"))
     refused("this is a run of trpo.py")
     (run_dir / "config.json").write_text(config.replace("num_envs", "number"))
     refused("cannot continue from")
@@ -224,13 +253,13 @@ def test_an_unwritable_folder(run, tmp_path):
     assert code == 2 and "cannot write to" in errors and "Traceback" not in errors
 
 
-def test_the_readme_shows_how_to_load_a_checkpoint(run, tmp_path, environment):
+def test_the_readme_shows_how_to_load_a_checkpoint(run, tmp_path, environment, script):
     code, _, errors = run(*QUICK, "--total-timesteps", 128)
     assert code == 0, errors
     readme = (ROOT / "README.md").read_text()
     code = readme.split("<!-- load -->")[1].split("```python")[1].split("```")[0]
     code = re.sub(r'"runs/[^"]*"', repr(str(only_run(tmp_path))), code)
-    code = code.replace("ppo_discrete", SCRIPT) + "\nprint('action', action)"
+    code += "\nprint('action', action)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, text=True, capture_output=True
     )

@@ -1,0 +1,977 @@
+"""PPO with the clipped objective, for continuous actions: JAX, one file, one compiled program.
+
+Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves a stochastic policy π
+by gradient ascent on data that a slightly older policy π_old collected. The importance ratio
+
+    r_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                                       (section 3)
+
+corrects for the difference, but only near r = 1. The clipped objective takes away the reason to go
+further: once the ratio has left [1-ε, 1+ε] in the direction that its advantage Â favours, the
+gradient of that sample is zero; a sample that moved in the wrong direction is always pulled back.
+
+    L_CLIP(θ) = E[ min( r_t Â_t , clip(r_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
+    maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
+    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
+    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
+
+Each iteration rolls out N environments for T steps, estimates Â, and takes K epochs of minibatch
+steps with Adam. The policy is a Gaussian in each action dimension, with a mean that depends on the
+observation and a deviation that does not.
+
+`train(config, key)` does all of it, environments included, in one pure function:
+`jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
+segments, to move a progress bar and write files between them.
+
+    python ppo_continuous.py                                 # Pendulum-v1, 8 seeds, 500k steps each
+    python ppo_continuous.py --env-id Reacher-misc --num-seeds 3
+    python ppo_continuous.py --help
+
+Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
+D = length of the observation vector, A = number of action dimensions. Arrays of a rollout are
+[T, N, ...]; under vmap a seed axis stands in front.
+
+Departures from the paper, explained where they occur: a time limit is not the end of an episode for
+the value function; advantages are normalised per minibatch; observations and rewards are scaled by
+running statistics; the gradient norm is clipped; Adam's ε is 1e-5; weights start orthogonal; the
+value loss has a ½. These are among the details of Huang et al. 2022 ("The 37 Implementation Details
+of PPO"), most of them measured by Engstrom et al. 2020 and Andrychowicz et al. 2020. The entropy
+bonus is there but off (c_2 = 0) unless the environment needs it.
+"""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import scipy.stats
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+# ---- Configuration: every field is a command-line flag, its comment the text of --help -----------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train PPO with the clipped objective on an environment with continuous actions."""
+
+    env_id: str = "Pendulum-v1"  # a gymnax environment
+    seed: int = 0  # the first seed; the others count up from it
+    num_seeds: int = 8  # independent trainings, run side by side
+    total_timesteps: int = 500_000  # environment steps per seed, never exceeded
+    num_envs: int = 16  # environments per seed (N)
+    num_steps: int = 128  # steps of each environment per update (T)
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly to zero
+    gamma: float = 0.99  # discount γ
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    update_epochs: int = 4  # passes over each rollout (K)
+    num_minibatches: int = 8  # minibatches per pass
+    clip_eps: float = 0.2  # ε of the clipped objective
+    clip_vloss: bool = False  # clip the value loss too, with the same ε
+    ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
+    vf_coef: float = 0.5  # weight of the value loss (c_1) in the joint gradient norm
+    max_grad_norm: float = 2.0  # a gradient whose norm is larger is scaled down to this
+    normalize_obs: bool = True  # scale observations by their running mean and deviation
+    normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
+    activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
+    resume: str | None = None  # directory of an earlier run to continue, with its configuration
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions per update, T·N."""
+        return self.num_steps * self.num_envs
+
+    @property
+    def minibatch_size(self) -> int:
+        """Transitions per gradient step, M."""
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_updates(self) -> int:
+        """Iterations that fit into the budget."""
+        return self.total_timesteps // self.batch_size
+
+    def __post_init__(self):
+        """Raise ValueError on values that cannot work; traced ones (under vmap) pass unseen."""
+        zero_allowed = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    continue
+                if not (0 <= number < math.inf) or (number == 0 and name not in zero_allowed):
+                    kind = "not negative" if name in zero_allowed else "positive"
+                    raise ValueError(f"{name} must be finite and {kind}, got {number}")
+                if name in ("gamma", "gae_lambda") and number > 1:
+                    raise ValueError(f"{name} must lie between 0 and 1, got {number}")
+        if self.seed + self.num_seeds > 2**31:
+            raise ValueError(f"seed + num_seeds must not exceed 2^31, got {self.seed}")
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(
+                f"num_steps x num_envs = {self.batch_size} transitions do not divide into "
+                f"num_minibatches = {self.num_minibatches} equal parts"
+            )
+        if self.minibatch_size < 2:
+            raise ValueError("minibatch_size 1 leaves nothing to normalise; lower num_minibatches")
+        if self.num_updates < 1:
+            raise ValueError(
+                f"total_timesteps = {self.total_timesteps} is less than one rollout of "
+                f"num_steps x num_envs = {self.batch_size} steps"
+            )
+
+
+# Families of environments that need other values than the defaults, by the end of their name.
+PRESETS: dict[str, dict[str, Any]] = {}
+
+
+def default_config(env_id: str | None = None) -> Config:
+    """The configuration that the command line starts from: the defaults and the preset."""
+    env_id = env_id or Config.env_id
+    return Config(env_id=env_id, **PRESETS.get(env_id.rpartition("-")[2], {}))
+
+
+# ---- Policy distribution -------------------------------------------------------------------------
+
+
+class DiagGaussian(NamedTuple):
+    """Independent normal distributions of A action dimensions, on any leading axes [...].
+
+    A density, not a probability: `log_prob` may be positive and `entropy` negative.
+    """
+
+    mean: jax.Array  # [..., A]
+    log_std: jax.Array  # [..., A]
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """A random action, [..., A]."""
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """log π(action), summed over the dimensions, [...]."""
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return -jnp.sum(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi), axis=-1)
+
+    def entropy(self) -> jax.Array:
+        """S[π] = Σ log σ + ½ log 2πe in nats, [...]."""
+        return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+
+    def kl(self, other: "DiagGaussian") -> jax.Array:
+        """KL(self ‖ other) in nats, summed over the dimensions, [...]."""
+        variance_ratio = jnp.exp(2 * (self.log_std - other.log_std))
+        z = (self.mean - other.mean) * jnp.exp(-other.log_std)
+        return jnp.sum(0.5 * (variance_ratio + z**2 - 1.0) + other.log_std - self.log_std, axis=-1)
+
+    def mode(self) -> jax.Array:
+        """The action of highest density, [..., A]."""
+        return self.mean
+
+
+# ---- Networks: separate actor and critic, two multilayer perceptrons -----------------------------
+
+
+def orthogonal(scale: float) -> Callable:
+    """Initialiser: `scale` times a uniformly distributed matrix with orthonormal rows or columns.
+
+    The usual QR decomposition is a batched LAPACK call under vmap, and several of those in one
+    program can deadlock on a machine with few cores (jax 0.10). The polar factor of a Gaussian
+    matrix has the same distribution, and the Newton-Schulz iteration x ← 3/2 x - 1/2 x xᵀx, which
+    drives every singular value in (0, √3) to 1, finds it with matrix products alone. Dividing by
+    the Frobenius norm brings the singular values into range; the small ones grow by 3/2 per step.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        x = jax.random.normal(key, shape, dtype)  # [fan_in, fan_out]
+        with jax.default_matmul_precision("highest"):
+            step = lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x)
+            return scale * jax.lax.fori_loop(0, 40, step, x / jnp.linalg.norm(x))
+
+    return init
+
+
+def mlp(x: jax.Array, hidden_sizes: tuple[int, ...], activation: str) -> jax.Array:
+    """Hidden layers, [..., D] -> [..., hidden_sizes[-1]]; to be called inside a Linen module."""
+    for size in hidden_sizes:
+        x = getattr(nn, activation)(nn.Dense(size, kernel_init=orthogonal(math.sqrt(2)))(x))
+    return x
+
+
+class Actor(nn.Module):
+    """Observation [..., D] -> policy over actions of A dimensions."""
+
+    action_size: int
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs):
+        x = mlp(obs, self.hidden_sizes, self.activation)
+        # Tiny weights: the first means are near 0, the middle of the action range, for every
+        # observation (Andrychowicz et al. 2020, 3.2). The deviation is one parameter per dimension.
+        mean = nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x)
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
+        return DiagGaussian(mean, jnp.broadcast_to(log_std, mean.shape))
+
+
+class Critic(nn.Module):
+    """Observation [..., D] -> value [...]."""
+
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs):
+        x = mlp(obs, self.hidden_sizes, self.activation)
+        return nn.Dense(1, kernel_init=orthogonal(1.0))(x).squeeze(-1)
+
+
+# ---- The mathematics: pure functions of arrays ---------------------------------------------------
+
+
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation (eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+
+    `next_value` is V of the observation that the step led to, even where the episode ended there.
+    `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
+    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. A
+    step that is only cut by a time limit therefore still bootstraps (Pardo et al. 2018).
+
+    All arrays [T, N]; returns the advantage Â and the critic's regression target Â + V, which is
+    the λ-return, both [T, N].
+    """
+    delta = reward + gamma * next_value * (1.0 - terminated) - value
+
+    def step(advantage, row):
+        delta, done = row
+        advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
+        return advantage, advantage
+
+    # The body is a handful of operations on N numbers: unrolling saves most of the loop's overhead.
+    zero = jnp.zeros_like(delta[0])
+    _, advantage = jax.lax.scan(step, zero, (delta, done), reverse=True, unroll=16)
+    return advantage, advantage + value
+
+
+def normalize_advantage(advantage):
+    """Mean 0 and deviation 1 over the minibatch, [M] -> [M]: the step does not depend on the scale
+    of the rewards (in OpenAI baselines; detail 7 of Huang et al.)."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def clipped_surrogate(ratio, advantage, clip_eps):
+    """L_CLIP (eq. 7), to be maximised: ratio and advantage [M] -> scalar.
+
+    The minimum makes it a pessimistic bound: clipping may take away what a sample promises, never
+    what it threatens, so a ratio that went the wrong way keeps its gradient.
+    """
+    clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
+    return jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
+
+
+def value_loss(value, target):
+    """½ E[(V - V_target)²]: value and target [M] -> scalar."""
+    return 0.5 * jnp.mean((value - target) ** 2)
+
+
+def clipped_value_loss(value, old_value, target, clip_eps):
+    """Value loss whose step is clipped like the ratio (OpenAI baselines; not in the paper).
+
+    The larger of both squared errors counts. All [M] -> scalar.
+    """
+    clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
+    return 0.5 * jnp.mean(jnp.maximum((value - target) ** 2, (clipped - target) ** 2))
+
+
+class RunningStats(NamedTuple):
+    """Mean and variance of everything seen so far, per component."""
+
+    mean: jax.Array  # [...]
+    var: jax.Array  # [...]
+    count: jax.Array  # []
+
+
+def init_stats(shape: tuple[int, ...]) -> RunningStats:
+    """Mean 0 and variance 1 with next to no weight, so that the first data replace them."""
+    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.asarray(1e-4))
+
+
+def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
+    """Merge a rollout x, [T, N, ...], into the statistics (Chan, Golub & LeVeque 1979)."""
+    n, mean, var = x.shape[0] * x.shape[1], x.mean((0, 1)), x.var((0, 1))
+    count = stats.count + n
+    delta = mean - stats.mean
+    spread = stats.count * n / count * delta**2  # what the two means' distance adds
+    return RunningStats(
+        mean=stats.mean + delta * n / count,
+        var=(stats.count * stats.var + n * var + spread) / count,
+        count=count,
+    )
+
+
+def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
+    """Observations [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged without stats."""
+    if stats is None:
+        return obs
+    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
+    """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
+
+    The mean is not subtracted: paying less for every step would change which policy is best.
+    """
+    if stats is None:
+        return reward
+    return jnp.clip(reward / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
+    """A new random order for each epoch, cut into minibatches: [num_epochs · num_minibatches, M].
+
+    `jax.random.permutation` sorts pairs, twice. Here the index sits in the low bits of a random
+    word, so that one sort of plain integers carries it along: three to seven times faster, where
+    shuffling is a third of all training time. Words whose random high bits agree keep the order of
+    their indices: with 8192 transitions those are some 60 of 33 million pairs. With a million they
+    are runs of about 256, which still matter little, since only a run that a minibatch boundary
+    divides is not divided at random.
+    """
+    index_bits = (batch_size - 1).bit_length()
+    low = jnp.uint32(2**index_bits - 1)
+    words = jax.random.bits(key, (num_epochs, batch_size), jnp.uint32)
+    words = (words & ~low) | jnp.arange(batch_size, dtype=jnp.uint32)
+    order = (jnp.sort(words, axis=-1) & low).astype(jnp.int32)
+    return order.reshape(num_epochs * num_minibatches, batch_size // num_minibatches)
+
+
+# ---- The environment: gymnax, as N environments with flat float32 observations -------------------
+
+
+class Environment(NamedTuple):
+    """What the algorithm needs of an environment; both functions act on N copies at once."""
+
+    reset: Callable  # keys [N] -> obs [N, D], env_state
+    step: Callable  # keys [N], env_state, action [N, A] -> see `make_env`
+    action_size: int  # A
+
+
+def bound_action(action: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """What the environment gets for the policy's action; all [..., A].
+
+    The policy thinks in units in which ±1 are the bounds, so that a deviation of 1 explores the
+    whole range, whatever its size: the action is clipped to ±1 and stretched to [low, high]. A
+    dimension without two bounds keeps its own units. The loss never sees this: the density is that
+    of the raw action, and clipping it first would give a wrong ratio at the bounds.
+    """
+    both = (low > -1e30) & (high < 1e30)  # some spaces write the largest float for no bound
+    middle = jnp.where(both, low, -1.0) / 2 + jnp.where(both, high, 1.0) / 2
+    half = jnp.where(both, high, 1.0) / 2 - jnp.where(both, low, -1.0) / 2
+    return jnp.where(both, middle + half * jnp.clip(action, -1, 1), jnp.clip(action, low, high))
+
+
+def action_interface(env_id: str, space: Any) -> tuple[int, Callable]:
+    """A, and the function from the policy's action [A] to the environment's, in its own shape."""
+    if not isinstance(space, gymnax.environments.spaces.Box):
+        raise ValueError(f"{env_id} has discrete actions: use ppo_discrete.py")
+    low, high = (jnp.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
+
+    def to_env_action(action):
+        return bound_action(action.reshape(space.shape), low, high)
+
+    return math.prod(space.shape), to_env_action
+
+
+def make_env(env_id: str) -> Environment:
+    """The gymnax environment of that name, vectorised. ValueError says why one cannot be used.
+
+    It is used only through what `gymnax.make` promises, `reset` and `step`, so environments that
+    were added by `gymnax.register`, wrapped ones too, work like the built-in ones.
+    """
+    if env_id not in gymnax.registered_envs:
+        near = difflib.get_close_matches(env_id, gymnax.registered_envs, cutoff=0.4)
+        raise ValueError(
+            f"there is no environment {env_id!r}; "
+            + (f"did you mean {' or '.join(near)}?" if near else "")
+            + f" gymnax has: {', '.join(sorted(gymnax.registered_envs))}"
+        )
+    try:
+        with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
+            env, env_params = gymnax.make(env_id)
+    except OSError as error:
+        raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
+    action_space = env.action_space(env_params)
+    obs_space = env.observation_space(env_params)
+    action_size, to_env_action = action_interface(env_id, action_space)
+
+    def observe(obs):
+        """One observation as a flat float vector [D]; a category becomes a one-hot vector."""
+        if isinstance(obs_space, gymnax.environments.spaces.Discrete):
+            return jax.nn.one_hot(obs, obs_space.n)
+        return jnp.ravel(obs).astype(jnp.float32)
+
+    @jax.vmap
+    def reset(key):
+        obs, env_state = env.reset(key, env_params)
+        return observe(obs), env_state
+
+    @jax.vmap
+    def step(key, env_state, action):
+        """One step and, where an episode ends, a reset: `obs` opens the new episode, `next_obs` is
+        the last observation of the old one (elsewhere they are equal)."""
+        obs, env_state, reward, terminated, truncated, info = env.step(
+            key, env_state, to_env_action(action), env_params
+        )
+        next_obs = observe(info["final_observation"])
+        reward = jnp.asarray(reward, jnp.float32)
+        return observe(obs), env_state, next_obs, reward, terminated, truncated
+
+    return Environment(reset, step, action_size)
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+class Transition(NamedTuple):
+    """One step of N environments; a rollout stacks T of them in front."""
+
+    obs: jax.Array  # [N, D]
+    next_obs: jax.Array  # [N, D] what the step led to, before any reset
+    action: jax.Array  # [N, A] as sampled, not bounded
+    log_prob: jax.Array  # [N] log π_old(action | obs), frozen for all epochs
+    reward: jax.Array  # [N] unscaled
+    terminated: jax.Array  # [N] bool, the episode truly ended
+    done: jax.Array  # [N] bool, terminated or cut by a time limit
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
+    # backwards, since the future is not known yet; its spread sets the scale of the rewards
+    episode_return: jax.Array  # [N] sum of the rewards of the episode so far
+    episode_length: jax.Array  # [N] its number of steps
+
+
+class Batch(NamedTuple):
+    """What the loss needs of B transitions, with time and environments flattened into one axis."""
+
+    obs: jax.Array  # [B, D] normalised
+    action: jax.Array  # [B, A]
+    log_prob: jax.Array  # [B]
+    value: jax.Array  # [B] V(obs) before the update, in units of the scaled reward
+    advantage: jax.Array  # [B]
+    target: jax.Array  # [B]
+
+
+class State(NamedTuple):
+    """Everything that changes during training."""
+
+    params: dict[str, Any]  # {"actor": ..., "critic": ...}
+    opt_state: optax.OptState
+    obs_stats: RunningStats | None  # of the observations, shared by the N environments
+    return_stats: RunningStats | None  # of the discounted return
+    env_state: Any  # of N environments
+    obs: jax.Array  # [N, D] the policy's next input, not normalised
+    discounted_return: jax.Array  # [N]
+    episode_return: jax.Array  # [N]
+    episode_length: jax.Array  # [N]
+    updates_done: jax.Array  # []
+    key: jax.Array  # [] PRNG key
+
+
+# ---- The algorithm -------------------------------------------------------------------------------
+
+
+def make_train(config: Config) -> tuple[Callable, Callable]:
+    """The two pure functions that training consists of.
+
+    Returns:
+        init(key) -> State
+        update(state, _) -> State, metrics: one iteration, in the form that `lax.scan` wants.
+    """
+    env = make_env(config.env_id)
+    actor = Actor(env.action_size, config.hidden_sizes, config.activation)
+    critic = Critic(config.hidden_sizes, config.activation)
+    num_gradient_steps = config.update_epochs * config.num_minibatches  # per update
+
+    def learning_rate(gradient_step):
+        """Adam's step size; it stays the same within an update (detail 4 of Huang et al.)."""
+        if not config.anneal_lr:
+            return config.learning_rate
+        progress = gradient_step // num_gradient_steps / config.num_updates
+        return config.learning_rate * (1.0 - progress)
+
+    # Adam's ε and the clipping of the norm are OpenAI's (details 3 and 11). `flatten` turns a dozen
+    # small arrays into one vector, on which both cost a few operations instead of a few dozen.
+    optimizer = optax.flatten(
+        optax.chain(
+            optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5)
+        )
+    )
+
+    def init(key):
+        key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
+        obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
+        params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
+        state = State(
+            params=params,
+            opt_state=optimizer.init(params),
+            obs_stats=init_stats(obs.shape[1:]) if config.normalize_obs else None,
+            return_stats=init_stats(()) if config.normalize_reward else None,
+            env_state=env_state,
+            obs=obs,
+            discounted_return=jnp.zeros(config.num_envs),
+            episode_return=jnp.zeros(config.num_envs),
+            episode_length=jnp.zeros(config.num_envs, jnp.int32),
+            updates_done=jnp.asarray(0),
+            key=key,
+        )
+        # Some environments return weakly typed numbers. Left so, the state would change its type
+        # in the first update, and `update` would be compiled twice.
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
+
+    def env_step(state, keys):
+        """One step of the N environments with the current policy."""
+        action_key, env_keys = keys
+        policy = actor.apply(state.params["actor"], normalize(state.obs, state.obs_stats))
+        action = policy.sample(action_key)
+        obs, env_state, next_obs, reward, terminated, truncated = env.step(
+            env_keys, state.env_state, action
+        )
+        transition = Transition(
+            obs=state.obs,
+            next_obs=next_obs,
+            action=action,
+            log_prob=policy.log_prob(action),
+            reward=reward,
+            terminated=terminated,
+            done=terminated | truncated,
+            discounted_return=config.gamma * state.discounted_return + reward,
+            episode_return=state.episode_return + reward,
+            episode_length=state.episode_length + 1,
+        )
+        # The running sums are read first and reset after: the last step of an episode counts.
+        restart = lambda x: jnp.where(transition.done, 0, x)
+        state = state._replace(
+            env_state=env_state,
+            obs=obs,
+            discounted_return=restart(transition.discounted_return),
+            episode_return=restart(transition.episode_return),
+            episode_length=restart(transition.episode_length),
+        )
+        return state, transition
+
+    def loss(params, batch):
+        """The negative of eq. 9 on a minibatch, and what is worth watching."""
+        policy = actor.apply(params["actor"], batch.obs)
+        value = critic.apply(params["critic"], batch.obs)
+        log_ratio = policy.log_prob(batch.action) - batch.log_prob
+        ratio = jnp.exp(log_ratio)
+        advantage = normalize_advantage(batch.advantage)
+        metrics = {
+            "policy_loss": -clipped_surrogate(ratio, advantage, config.clip_eps),
+            "value_loss": clipped_value_loss(value, batch.value, batch.target, config.clip_eps)
+            if config.clip_vloss
+            else value_loss(value, batch.target),
+            "entropy": policy.entropy().mean(),
+            # E[(r - 1) - log r]: like -log r an unbiased estimate of KL(π_old ‖ π), but never
+            # negative and of less variance (J. Schulman, "Approximating KL divergence", 2020).
+            "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
+            # ... of ratios outside the band, on either side.
+            "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
+        }
+        objective = (
+            metrics["policy_loss"]
+            + config.vf_coef * metrics["value_loss"]
+            - config.ent_coef * metrics["entropy"]
+        )
+        return objective, metrics
+
+    def minibatch_step(batch, carry, indices):
+        """One gradient step on the transitions `indices` [M] of the batch."""
+        params, opt_state = carry
+        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        gradient, metrics = jax.grad(loss, has_aux=True)(params, minibatch)
+        step, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, step), opt_state), metrics
+
+    def update(state, _):
+        """One iteration: roll out, estimate advantages, take the epochs."""
+        key, action_key, env_key, shuffle_key = jax.random.split(state.key, 4)
+
+        # Roll out. All keys come from two calls, which costs less than splitting in every step.
+        action_keys = jax.random.split(action_key, config.num_steps)  # [T]
+        env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))  # [T, N]
+        state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
+
+        # Estimate advantages. Observations are normalised as they were during the rollout, so that
+        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
+        # The reward scale may know the new returns at once: it is one factor for the whole rollout.
+        # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
+        flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
+        obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
+        next_obs = normalize(rollout.next_obs, state.obs_stats)
+        value = critic.apply(state.params["critic"], obs)  # [T, N]
+        next_value = critic.apply(state.params["critic"], next_obs)
+        obs_stats, return_stats = state.obs_stats, state.return_stats
+        if config.normalize_obs:
+            obs_stats = update_stats(obs_stats, rollout.obs)
+        if config.normalize_reward:
+            return_stats = update_stats(return_stats, rollout.discounted_return)
+        advantage, target = gae(
+            scale_reward(rollout.reward, return_stats),
+            value,
+            next_value,
+            rollout.terminated,
+            rollout.done,
+            config.gamma,
+            config.gae_lambda,
+        )
+
+        # Take the epochs, as one scan over all their minibatches. Each gathers its transitions by
+        # index, which is cheaper than a shuffled copy of the rollout per epoch.
+        batch = Batch(obs, rollout.action, rollout.log_prob, value, advantage, target)
+        batch = jax.tree.map(flatten, batch)
+        indices = shuffled_indices(
+            shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
+        )
+        (params, opt_state), losses = jax.lax.scan(
+            partial(minibatch_step, batch), (state.params, state.opt_state), indices
+        )
+
+        # Losses are means over all gradient steps, returns over the episodes that ended in this
+        # rollout: NaN where none did.
+        mean_of_ended = lambda x: jnp.mean(x, where=rollout.done)
+        metrics = {
+            "episodic_return": mean_of_ended(rollout.episode_return),
+            "episodic_length": mean_of_ended(rollout.episode_length),
+            **jax.tree.map(jnp.mean, losses),
+            "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
+            "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
+        }
+        state = state._replace(
+            params=params,
+            opt_state=opt_state,
+            obs_stats=obs_stats,
+            return_stats=return_stats,
+            updates_done=state.updates_done + 1,
+            key=key,
+        )
+        return state, metrics
+
+    return init, update
+
+
+def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    """A whole training run, as a pure function: the final state, and each metric as [num_updates].
+
+    `jit(vmap(partial(train, config)))(keys)` trains one agent per key; a float of the
+    configuration may be vmapped as well: `vmap(lambda x: train(replace(config, gamma=x), key))`.
+    """
+    init, update = make_train(config)
+    return jax.lax.scan(update, init(key), None, config.num_updates)
+
+
+def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
+    """Play greedily (the mode of the policy), with the statistics frozen.
+
+    An environment that never ends an episode nor cuts it would be played for ever.
+    Returns the return and the length of each episode, both [num_episodes], unscaled.
+    """
+    env = make_env(config.env_id)
+    actor = Actor(env.action_size, config.hidden_sizes, config.activation)
+    reset_key, step_key = jax.random.split(key)
+    obs, env_state = env.reset(jax.random.split(reset_key, num_episodes))
+
+    def step(carry):
+        key, obs, env_state, playing, episode_return, episode_length = carry
+        key, env_key = jax.random.split(key)
+        policy = actor.apply(state.params["actor"], normalize(obs, state.obs_stats))
+        obs, env_state, _, reward, terminated, truncated = env.step(
+            jax.random.split(env_key, num_episodes), env_state, policy.mode()
+        )
+        episode_return += reward * playing
+        episode_length += playing
+        playing &= ~(terminated | truncated)
+        return key, obs, env_state, playing, episode_return, episode_length
+
+    start = (jnp.ones(num_episodes, bool), jnp.zeros(num_episodes), jnp.zeros(num_episodes, int))
+    start = (step_key, obs, env_state, *start)
+    *_, episode_return, episode_length = jax.lax.while_loop(lambda x: x[3].any(), step, start)
+    return episode_return, episode_length
+
+
+# ---- The host side: nothing above prints, writes or reads the clock -----------------------------
+
+CHECKPOINT_SECONDS = 30  # a kill loses at most this and a segment
+EVALUATION_EPISODES = 100  # per seed
+
+
+def fail(message: object) -> None:
+    """End with a message and exit code 2, as for every mistake of the user's."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """The configuration of an earlier run; ValueError if that is not possible."""
+    path = Path(run_dir) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        script = stored.pop("script")
+        if script != Path(__file__).stem:
+            raise ValueError(f"this is a run of {script}.py")
+        return Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"cannot continue from {path}: {error!r}") from error
+
+
+def parse_command_line() -> Config:
+    """The configuration from flags, over the preset of the environment or the resumed run's."""
+    # A first pass finds only the two flags on which the defaults of the others depend.
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--env-id", "--env_id", nargs="?")
+    finder.add_argument("--resume", nargs="?")
+    found = finder.parse_known_args()[0]
+    try:
+        default = load_config(found.resume) if found.resume else default_config(found.env_id)
+    except ValueError as error:
+        fail(error)
+    default = dataclasses.replace(default, resume=found.resume)
+    config = tyro.cli(Config, default=default)
+    for name, value in vars(config).items():
+        if found.resume and value != getattr(default, name):
+            fail(f"{found.resume} was started with {name} = {getattr(default, name)}, not {value}")
+    return config
+
+
+def interquartile_mean(x, axis=-1):
+    """The mean of the middle half (Agarwal et al. 2021); of fewer than four, the plain mean."""
+    return scipy.stats.trim_mean(x, 0.25, axis=axis)
+
+
+def append_metrics(path: Path, config: Config, first_update: int, metrics: dict) -> None:
+    """Add one row per seed and update; `metrics` are [num_seeds, updates of this segment]."""
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if first_update == 0:
+            writer.writerow(["seed", "update", "env_step", *metrics])
+        for i in range(next(iter(metrics.values())).shape[1]):
+            update = first_update + i + 1
+            for row in range(config.num_seeds):
+                values = (f"{m[row, i]:.7g}" for m in metrics.values())
+                values = ("" if value == "nan" else value for value in values)
+                writer.writerow([config.seed + row, update, update * config.batch_size, *values])
+
+
+def plot_learning_curve(run_dir: Path, config: Config) -> None:
+    """Draw the return of the training episodes over steps from metrics.csv."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["env_step"]), row["episodic_return"]) for row in csv.DictReader(file)]
+    steps = np.array([step for step, _ in rows]).reshape(-1, config.num_seeds)[:, 0]
+    returns = np.array([float(value or "nan") for _, value in rows]).reshape(-1, config.num_seeds)
+    known = np.isfinite(returns).any(axis=1)  # updates in which some episode ended
+    steps, returns = steps[known], returns[known]
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, returns, color="tab:blue", alpha=0.2, linewidth=0.8)
+    mean = np.nanmean(returns, axis=1)
+    axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
+    if config.num_seeds > 1:
+        quantile = scipy.stats.t.ppf(0.975, np.isfinite(returns).sum(axis=1) - 1)
+        error = quantile * scipy.stats.sem(returns, axis=1, nan_policy="omit")
+        axes.fill_between(
+            steps, mean - error, mean + error, alpha=0.3, linewidth=0, label="95 % interval"
+        )
+    axes.set(
+        title=f"{Path(__file__).stem} on {config.env_id}",
+        xlabel="environment steps per seed",
+        ylabel="return of training episodes",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+
+
+def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
+    """Write evaluation.csv and print a table; both arrays [num_seeds, episodes]."""
+    with (run_dir / "evaluation.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["seed", "episode", "episodic_return", "episodic_length"])
+        for (row, episode), value in np.ndenumerate(returns):
+            writer.writerow([config.seed + row, episode, f"{value:.7g}", lengths[row, episode]])
+    print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
+    print("  seed       return ± deviation     length")
+    shown = min(config.num_seeds, 20)
+    for row in range(shown):
+        mean, deviation = returns[row].mean(), returns[row].std()
+        print(f"{config.seed + row:6d} {mean:12.2f} ± {deviation:<9.2f} {lengths[row].mean():9.1f}")
+    if shown < config.num_seeds:
+        print(f"   ... and {config.num_seeds - shown} more in evaluation.csv")
+    scores = returns.mean(axis=1)
+    print(f"\ninterquartile mean over seeds: {interquartile_mean(scores):.2f}", end="")
+    if config.num_seeds > 1:
+        interval = scipy.stats.bootstrap(
+            (scores,), interquartile_mean, method="percentile", rng=0
+        ).confidence_interval
+        print(f"   (95 % bootstrap interval {interval.low:.2f} to {interval.high:.2f})", end="")
+    print()
+
+
+def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager, State, int]:
+    """Create the run's directory, or open the one to resume.
+
+    `state` has shapes only; on resuming it comes back filled, with the number of updates it is of.
+    """
+    script = Path(__file__).stem
+    name = f"{config.env_id}__{script}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(config.resume or Path("runs") / name)
+    # Orbax writes a checkpoint beside the old one and renames it when it is complete.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    try:
+        if not config.resume:
+            run_dir.mkdir(parents=True)
+            stored = {"script": script, **dataclasses.asdict(config)}
+            del stored["resume"]
+            (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        checkpoints = ocp.CheckpointManager(
+            run_dir.resolve() / "checkpoints",
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error}")
+    if not config.resume:
+        return run_dir, checkpoints, state, 0
+    try:
+        updates_done = checkpoints.latest_step()
+        stored, shape = checkpoints.item_metadata(updates_done), lambda x: x.shape
+        if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
+            raise ValueError("its networks have other sizes")
+        state = checkpoints.restore(updates_done, args=ocp.args.StandardRestore(state))
+        # Rows written after the checkpoint belong to updates that will be done again.
+        num_rows = 1 + updates_done * config.num_seeds if updates_done else 0
+        rows = (
+            (run_dir / "metrics.csv").read_text().splitlines(keepends=True) if updates_done else []
+        )
+        if len(rows) < num_rows:
+            raise ValueError("metrics.csv is shorter than the checkpoint says")
+        (run_dir / "metrics.csv").write_text("".join(rows[:num_rows]))
+    except Exception as error:  # whatever Orbax raises on a damaged file
+        fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
+    return run_dir, checkpoints, state, updates_done
+
+
+def check_finite(config: Config, first_update: int, state: State, metrics: dict) -> None:
+    """Raise FloatingPointError on a loss, [num_seeds, updates], or a weight that is not finite."""
+    finite = np.isfinite(metrics["policy_loss"] + metrics["value_loss"])
+    if not finite.all():
+        update = int(np.argmin(finite.all(axis=0)))
+        seed = config.seed + int(np.argmin(finite[:, update]))
+        raise FloatingPointError(
+            f"the loss of seed {seed} is not finite in update {first_update + update + 1}"
+        )
+    if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)):
+        last_update = first_update + finite.shape[1]
+        raise FloatingPointError(f"the weights are not finite after update {last_update}")
+
+
+def main() -> None:
+    """Train from the command line, in segments between which files are written."""
+    config = parse_command_line()
+    try:
+        init, update = make_train(config)
+    except ValueError as error:
+        fail(error)
+    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
+    shapes = jax.eval_shape(jax.vmap(init), keys)
+    run_dir, checkpoints, state, updates_done = open_run(config, shapes)
+    save = lambda step, state: checkpoints.save(step, args=ocp.args.StandardSave(state))
+    print(
+        f"{Path(__file__).stem} on {config.env_id}: {config.num_seeds} seeds x "
+        f"{config.num_updates} updates x {config.batch_size} steps, on "
+        f"{jax.devices()[0].device_kind}\nwriting {run_dir}"
+    )
+
+    # From here on the first Ctrl-C or SIGTERM asks for an end after the current segment.
+    signals = []
+
+    def stop(number, _):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+    # Segments of equal length, at most a hundredth of the run: one program serves them all.
+    # Donation lets the new state take the memory of the old one.
+    longest = max(1, config.num_updates // 100)
+    length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
+    segment = jax.vmap(lambda state: jax.lax.scan(update, state, None, length))
+    start = time.perf_counter()
+    if not config.resume:
+        state = jax.jit(jax.vmap(init))(keys)
+        save(0, state)
+    run_segment = jax.jit(segment, donate_argnums=0).lower(state).compile()
+    print(f"compiled in {time.perf_counter() - start:.1f} s")
+
+    start = saved = time.perf_counter()
+    steps_per_update = config.num_seeds * config.batch_size
+    progress = tqdm(
+        total=config.num_updates * steps_per_update,
+        initial=updates_done * steps_per_update,
+        unit="step",
+        unit_scale=True,
+    )
+    while updates_done < config.num_updates and not signals:
+        state, metrics = run_segment(state)
+        metrics = jax.device_get(metrics)  # waits for the segment
+        try:
+            check_finite(config, updates_done, state, metrics)
+        except FloatingPointError as error:
+            progress.close()
+            last_good = f"the last good checkpoint, of update {checkpoints.latest_step()}"
+            print(f"error: {error}; {last_good}, is in {run_dir}", file=sys.stderr)
+            sys.exit(1)
+        append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
+        updates_done += length
+        progress.update(length * steps_per_update)
+        if np.isfinite(metrics["episodic_return"]).any():
+            progress.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
+        if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+            save(updates_done, state)
+            saved = time.perf_counter()
+    progress.close()
+    seconds, steps = time.perf_counter() - start, progress.n - progress.initial
+    print(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
+    if updates_done > checkpoints.latest_step():
+        save(updates_done, state)
+    if updates_done:
+        plot_learning_curve(run_dir, config)
+    if signals:
+        print(f"stopped after update {updates_done} of {config.num_updates}; go on with")
+        print(f"  python {sys.argv[0]} --resume {run_dir}")
+        sys.exit(128 + signals[0])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # all is saved: nothing left to protect
+    # Keys of a stream of their own: no split of a seed's key reaches this number.
+    evaluation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
+    play = jax.jit(jax.vmap(partial(evaluate, config, num_episodes=EVALUATION_EPISODES)))
+    report_evaluation(run_dir, config, *jax.device_get(play(state, evaluation_keys)))
+    print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
+
+
+if __name__ == "__main__":
+    main()

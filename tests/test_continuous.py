@@ -1,0 +1,206 @@
+"""What is particular to continuous actions: the Gaussian, the bounds, and time limits."""
+
+from dataclasses import replace
+from functools import partial
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import Probe
+from gymnax.environments import spaces
+
+import ppo_continuous
+from ppo_continuous import Config, DiagGaussian, bound_action, make_train, train
+
+SMALL = Config(num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16, hidden_sizes=(8, 8))
+
+
+class ContinuousProbe(Probe):
+    """A probe whose action is a box of any shape and bounds."""
+
+    def __init__(self, *arguments, low=-1.0, high=1.0, shape=(1,), **keywords):
+        super().__init__(*arguments, **keywords)
+        self.box = spaces.Box(jnp.asarray(low), jnp.asarray(high), shape, jnp.float32)
+
+    def action_space(self, params=None):
+        return self.box
+
+
+PROBES = {
+    # Pays 1 for ever whatever one does, but is cut every five steps: V = 1 / (1 - γ).
+    "ContinuousTruncated-test": lambda: ContinuousProbe(
+        lambda cue, action, time: 1.0, length=5, truncates=True
+    ),
+    # The best action is 3 in [2, 6] and 40 in [-100, 100]: not ±1 and not the middle.
+    "ContinuousTarget-test": lambda: ContinuousProbe(
+        lambda cue, action, time: (
+            -jnp.sum(((action - jnp.array([3.0, 40.0])) / jnp.array([4.0, 200.0])) ** 2)
+        ),
+        low=[2.0, -100.0],
+        high=[6.0, 100.0],
+        shape=(2,),
+    ),
+    # Says in the reward what arrives: a matrix-shaped action within its bounds.
+    "ContinuousShape-test": lambda: ContinuousProbe(
+        lambda cue, action, time: jnp.all(jnp.abs(action) <= 0.5) * (action.shape == (2, 3)),
+        low=-0.5,
+        high=0.5,
+        shape=(2, 3),
+    ),
+}
+for name, factory in PROBES.items():
+    gymnax.register(name, lambda factory=factory: factory())
+
+
+def random(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+# ---- DiagGaussian, in float64 ----
+
+
+def test_gaussian_agrees_with_scipy():
+    with jax.enable_x64(True):
+        mean, log_std, action = random((5, 3)), 0.5 * random((5, 3), 1), random((5, 3), 2)
+        policy = DiagGaussian(jnp.asarray(mean), jnp.asarray(log_std))
+        normal = scipy.stats.norm(mean, np.exp(log_std))
+        log_prob = normal.logpdf(action).sum(-1)
+        np.testing.assert_allclose(policy.log_prob(action), log_prob, rtol=1e-12)
+        np.testing.assert_allclose(policy.entropy(), normal.entropy().sum(-1), rtol=1e-12)
+        np.testing.assert_array_equal(policy.mode(), mean)
+
+
+def test_gaussian_kl():
+    with jax.enable_x64(True):
+        p = DiagGaussian(jnp.asarray(random((4, 2))), jnp.asarray(0.3 * random((4, 2), 1)))
+        q = DiagGaussian(jnp.asarray(random((4, 2), 2)), jnp.asarray(0.3 * random((4, 2), 3)))
+        # KL(p ‖ q) = E_p[log p - log q], integrated on a fine grid of the first row.
+        x = np.linspace(-8, 8, 1001)
+        grid = np.stack(np.meshgrid(x, x, indexing="ij"), axis=-1)
+        row = lambda d: jax.tree.map(lambda v: v[0], d)
+        log_p, log_q = row(p).log_prob(grid), row(q).log_prob(grid)
+        integral = (np.exp(log_p) * (log_p - log_q)).sum() * (x[1] - x[0]) ** 2
+        np.testing.assert_allclose(p.kl(q)[0], integral, rtol=1e-6)
+        assert abs(float(p.kl(q)[0] - q.kl(p)[0])) > 1e-3  # the direction matters
+        np.testing.assert_allclose(p.kl(p), 0, atol=1e-15)
+        flat = jax.grad(lambda x: p.kl(DiagGaussian(*x)).sum())((p.mean, p.log_std))
+        np.testing.assert_allclose(jax.tree.leaves(flat), 0, atol=1e-14)
+
+
+def test_gaussian_samples():
+    policy = DiagGaussian(jnp.array([1.0, -2.0]), jnp.log(jnp.array([0.5, 3.0])))
+    x = jax.vmap(policy.sample)(jax.random.split(jax.random.key(0), 20_000))
+    for i, (mean, std) in enumerate([(1.0, 0.5), (-2.0, 3.0)]):
+        assert scipy.stats.kstest(x[:, i], scipy.stats.norm(mean, std).cdf).pvalue > 1e-3
+
+
+# ---- The bounds ----
+
+
+def test_bound_action():
+    low = jnp.array([-2.0, 0.0, -jnp.inf, 0.0, -3.4e38])
+    high = jnp.array([2.0, 10.0, jnp.inf, jnp.inf, 3.4e38])
+    bound = lambda x: bound_action(jnp.full(5, x), low, high)
+    np.testing.assert_allclose(bound(0.0), [0, 5, 0, 0, 0])
+    np.testing.assert_allclose(bound(0.5), [1, 7.5, 0.5, 0.5, 0.5])
+    np.testing.assert_allclose(bound(7.0), [2, 10, 7, 7, 7])
+    np.testing.assert_allclose(bound(-7.0), [-2, 0, -7, 0, -7])
+
+
+def test_the_loss_sees_the_raw_action(keys):
+    # With a deviation of 1 a third of all actions leaves ±1. Were they clipped before their
+    # log-probability was taken, in the rollout or in the loss, the first ratio would not be 1.
+    config = replace(SMALL, update_epochs=1, num_minibatches=1)
+    _, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-6)
+    np.testing.assert_array_equal(metrics["clip_fraction"], 0)
+
+
+def test_the_rollout_stores_the_raw_action_and_its_density(keys):
+    # A policy far outside the bounds: the gradient of log π(a) with respect to the mean averages
+    # to zero over samples of the policy, but not over clipped ones.
+    policy = DiagGaussian(jnp.full(1, 3.0), jnp.zeros(1))
+    actions = jax.vmap(policy.sample)(jax.random.split(jax.random.key(0), 5000))
+    score = lambda a: jax.grad(lambda m: DiagGaussian(m, jnp.zeros(1)).log_prob(a))(policy.mean)
+    assert abs(jax.vmap(score)(actions).mean()) < 0.1
+    assert abs(jax.vmap(score)(jnp.clip(actions, -1, 1)).mean()) > 1
+    # And that is what arrives in the entropy and the probabilities of a run: a gain in V only.
+    env = ppo_continuous.make_env("ContinuousShape-test")
+    assert env.action_size == 6
+    _, env_state = env.reset(keys(4))
+    *_, reward, terminated, _ = env.step(keys(4), env_state, 5 * jnp.ones((4, 6)))
+    np.testing.assert_array_equal(reward, 1)  # bounded, and in the shape of the space
+    assert terminated.all()
+
+
+# ---- Training ----
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "Pendulum-v1",
+        "MountainCarContinuous-v0",
+        "Reacher-misc",
+        "Swimmer-misc",
+        "PointRobot-misc",
+        "ContinuousShape-test",
+    ],
+)
+def test_every_continuous_environment_trains(env_id, keys):
+    config = replace(SMALL, env_id=env_id, total_timesteps=2 * 64)
+    state, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_a_discrete_environment_names_the_other_script():
+    with pytest.raises(ValueError, match=r"use ppo_discrete\.py"):
+        make_train(Config(env_id="CartPole-v1"))
+
+
+PROBE = Config(
+    total_timesteps=40_000,
+    num_envs=8,
+    num_steps=20,
+    num_minibatches=2,
+    gamma=0.9,
+    learning_rate=1e-2,
+    hidden_sizes=(16,),
+    normalize_obs=False,
+    normalize_reward=False,
+)
+
+
+def test_time_limits_are_bootstrapped(keys):
+    config = replace(PROBE, env_id="ContinuousTruncated-test", learning_rate=3e-2)
+    states, _ = jax.jit(jax.vmap(partial(train, config)))(keys(3))
+    critic = ppo_continuous.Critic(config.hidden_sizes, config.activation)
+    value = jax.vmap(lambda p: critic.apply(p, jnp.ones(1)))(states.params["critic"])
+    np.testing.assert_allclose(value, 10, rtol=0.05)
+
+
+def test_the_best_action_is_found_in_the_units_of_the_environment(keys):
+    config = replace(PROBE, env_id="ContinuousTarget-test")
+    states, _ = jax.jit(jax.vmap(partial(train, config)))(keys(3))
+    actor = ppo_continuous.Actor(2, config.hidden_sizes, config.activation)
+    policy = jax.vmap(lambda p: actor.apply(p, jnp.array([1.0, 0.0])))(states.params["actor"])
+    action = bound_action(policy.mode(), jnp.array([2.0, -100.0]), jnp.array([6.0, 100.0]))
+    np.testing.assert_allclose(action / jnp.array([4, 200]), [[0.75, 0.2]] * 3, atol=0.05)
+    assert (policy.log_std < -1).all()  # and the policy has become sure of it
+
+
+def test_ppo_continuous_swings_the_pendulum_up_within_100k_steps(keys):
+    config = Config(total_timesteps=100_000)
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        state, _ = train(config, key)
+        return ppo_continuous.evaluate(config, state, jax.random.fold_in(key, 2**31), 100)[0]
+
+    returns = run(keys(5)).mean(axis=1)
+    assert np.median(returns) > -250 and (returns > -500).all(), returns
