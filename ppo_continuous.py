@@ -81,7 +81,7 @@ class Config:
     anneal_lr: bool = True  # let the learning rate fall linearly to zero
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
-    update_epochs: int = 4  # passes over each rollout (K)
+    update_epochs: int = 8  # passes over each rollout (K)
     num_minibatches: int = 8  # minibatches per pass
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
@@ -366,7 +366,7 @@ class Environment(NamedTuple):
     """What the algorithm needs of an environment; both functions act on N copies at once."""
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
-    step: Callable  # keys [N], env_state, action [N, A] -> see `make_env`
+    step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
     action_size: int  # A
 
 

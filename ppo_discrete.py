@@ -359,7 +359,7 @@ class Environment(NamedTuple):
     """What the algorithm needs of an environment; both functions act on N copies at once."""
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
-    step: Callable  # keys [N], env_state, action [N] -> see `make_env`
+    step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
     action_size: int  # A
 
 

@@ -1,17 +1,18 @@
 """How much of the time goes into the network arithmetic that no implementation can avoid.
 
-    python benchmarks/speed.py [--rounds 7]
+    python benchmarks/speed.py [--script ppo_continuous] [--rounds 7]
 
 For each setting two programs with the same networks, optimizer and sizes are compiled and then run
-in turn, in one process: the script's `train` on CartPole-v1, and the bare arithmetic: the actor's
-forward passes step by step, the critic's over the rollout, and the forward and backward pass and
-the Adam step of every minibatch, on random data, without environment, advantages, shuffling or
-random numbers. Printed: steps per second of both, the median of the ratios of neighbouring runs,
-and the time the compiler took (no persistent cache is used unless you set one).
+in turn, in one process: the script's `train` on its default environment, and the bare arithmetic:
+the actor's forward passes step by step, the critic's over the rollout, and the forward and backward
+pass and the Adam step of every minibatch, on random data, without environment, advantages,
+shuffling or random numbers. Printed: steps per second of both, the median of the ratios of
+neighbouring runs, and the time the compiler took (no persistent cache is used unless you set one).
 """
 
 import argparse
 import functools
+import importlib
 import os
 import platform
 import sys
@@ -24,7 +25,6 @@ import numpy as np
 import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import ppo_discrete as script
 
 SETTINGS = {  # name: (seeds, environments, steps, updates)
     "4 x 128": (1, 4, 128, 400),
@@ -34,13 +34,15 @@ SETTINGS = {  # name: (seeds, environments, steps, updates)
 }
 
 
-def bare_arithmetic(config, key):
+def bare_arithmetic(script, config, key):
     """The network arithmetic of `script.train`, without anything else."""
-    actor = script.Actor(2, config.hidden_sizes, config.activation)
+    env = script.make_env(config.env_id)
+    obs_size = env.reset(jax.random.split(key, 1))[0].shape[-1]
+    actor = script.Actor(env.action_size, config.hidden_sizes, config.activation)
     critic = script.Critic(config.hidden_sizes, config.activation)
     rollout_key, key = jax.random.split(key)
     shape = (config.num_steps, config.num_envs)
-    obs = jax.random.normal(rollout_key, (*shape, 4))  # [T, N, D]
+    obs = jax.random.normal(rollout_key, (*shape, obs_size))  # [T, N, D]
     params = {"actor": actor.init(key, obs[0]), "critic": critic.init(key, obs[0])}
     optimizer = optax.flatten(
         optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(1e-3, eps=1e-5))
@@ -49,20 +51,20 @@ def bare_arithmetic(config, key):
     def loss(params, obs, target):
         policy = actor.apply(params["actor"], obs)
         value = critic.apply(params["critic"], obs)
-        action = jnp.zeros(len(obs), jnp.int32)
+        action = jax.lax.stop_gradient(policy.mode())
         return jnp.mean(policy.log_prob(action) * target) + jnp.mean((value - target) ** 2)
 
     def update(carry, _):
         params, opt_state = carry
 
-        def env_step(last_logits, obs):
+        def env_step(last, obs):
             # Each step waits for the one before, as it does where an environment stands between.
-            obs = obs + 1e-6 * last_logits[:, :1]
-            return actor.apply(params["actor"], obs).logits, None
+            policy = actor.apply(params["actor"], obs + 1e-6 * last)
+            return policy[0].sum(), None
 
-        logits, _ = jax.lax.scan(env_step, jnp.zeros((config.num_envs, 2)), obs)
+        last, _ = jax.lax.scan(env_step, jnp.zeros(()), obs)
         value = critic.apply(params["critic"], obs)
-        next_value = critic.apply(params["critic"], obs + 1e-6 * logits[0, 0])
+        next_value = critic.apply(params["critic"], obs + 1e-6 * last)
         minibatches = lambda x: x.reshape(config.num_minibatches, -1, *x.shape[2:])
         data = minibatches(obs), minibatches(value + next_value)
 
@@ -84,10 +86,12 @@ def bare_arithmetic(config, key):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="runs of each program per setting")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--script", default="ppo_discrete")
+    arguments = parser.parse_args()
+    script = importlib.import_module(arguments.script)
     device = jax.devices()[0].device_kind
-    print(f"{time.strftime('%Y-%m-%d')}, {device}, {os.cpu_count()} cores, {platform.machine()}, ")
-    print(f"Python {platform.python_version()}, jax {jax.__version__}\n")
+    print(f"{time.strftime('%Y-%m-%d')}, {device}, {os.cpu_count()} cores, {platform.machine()},")
+    print(f"Python {platform.python_version()}, jax {jax.__version__}; {arguments.script}.py\n")
     print("| setting | steps/s | bare arithmetic | ratio | compile |\n|---|---|---|---|---|")
     for name, (num_seeds, num_envs, num_steps, num_updates) in SETTINGS.items():
         config = script.Config(
@@ -97,14 +101,17 @@ def main():
         )
         keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
         programs, seconds = {}, {}
-        for which, function in (("script", script.train), ("bare", bare_arithmetic)):
+        for which, function in (
+            ("script", script.train),
+            ("bare", functools.partial(bare_arithmetic, script)),
+        ):
             run = jax.jit(jax.vmap(functools.partial(function, config))).lower(keys)
             start = time.perf_counter()
             programs[which] = run.compile()
             seconds[f"compile {which}"] = time.perf_counter() - start
             jax.block_until_ready(programs[which](keys))
             seconds[which] = []
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for which, program in programs.items():
                 start = time.perf_counter()
                 jax.block_until_ready(program(keys))

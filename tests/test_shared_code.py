@@ -17,7 +17,7 @@ DIFFERENT = {
     "Config": "each algorithm has its own knobs",
     "PRESETS": "and its own values for a family of environments",
     "Actor": "returns the distribution that the actions need",
-    "make_env": "discrete or continuous actions",
+    "action_interface": "discrete or continuous actions",
     "Transition": "what of π_old the objective needs",
     "Batch": "likewise",
     "make_train": "the algorithm",
