@@ -20,8 +20,10 @@ DIFFERENT = {
     "action_interface": "discrete or continuous actions",
     "Transition": "what of π_old the objective needs",
     "Batch": "likewise",
-    "make_train": "the algorithm",
 }
+# Both scripts of the clipped objective hold the same algorithm; between others it may differ.
+CLIPPED = {"ppo_discrete", "ppo_continuous"}
+DIFFERENT_ALGORITHM = {"make_train": "the algorithm"}
 
 
 def definitions(path):
@@ -39,8 +41,11 @@ def definitions(path):
 
 @pytest.mark.parametrize("one, other", list(combinations(SCRIPTS, 2)), ids=lambda path: path.stem)
 def test_shared_definitions_are_the_same_text(one, other):
+    different = set(DIFFERENT)
+    if {one.stem, other.stem} != CLIPPED:
+        different |= set(DIFFERENT_ALGORITHM)
     one, other = definitions(one), definitions(other)
-    for name in one.keys() & other.keys() - DIFFERENT.keys():
+    for name in (one.keys() & other.keys()) - different:
         assert one[name] == other[name], f"{name} differs"
 
 
