@@ -18,7 +18,7 @@ Each iteration rolls out N environments for T steps, estimates Â, and takes K e
 steps with Adam. The policy is a Gaussian in each action dimension, with a mean that depends on the
 observation and a deviation that does not.
 
-`train(config, key)` does all of it, environments included, in one pure function:
+`train(config, key)` runs a whole training, environments included, as one pure function:
 `jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
 segments, to move a progress bar and write files between them.
 
@@ -33,9 +33,9 @@ D = length of the observation vector, A = number of action dimensions. Arrays of
 Departures from the paper, explained where they occur: a time limit is not the end of an episode for
 the value function; advantages are normalised per minibatch; observations and rewards are scaled by
 running statistics; the gradient norm is clipped; Adam's ε is 1e-5; weights start orthogonal; the
-value loss has a ½. These are among the details of Huang et al. 2022 ("The 37 Implementation Details
-of PPO"), most of them measured by Engstrom et al. 2020 and Andrychowicz et al. 2020. The entropy
-bonus is there but off (c_2 = 0) unless the environment needs it.
+value loss has a ½; actions are clipped and stretched to the bounds. These are among the details of
+Huang et al. 2022 ("The 37 Implementation Details of PPO"), most of them measured by Engstrom et al.
+2020 and Andrychowicz et al. 2020. The entropy bonus is there but off by default (c_2 = 0).
 """
 
 import argparse
@@ -137,7 +137,8 @@ class Config:
             )
 
 
-# Families of environments that need other values than the defaults, by the end of their name.
+# Families of environments that need other values than the defaults, by the end of their name:
+# none so far.
 PRESETS: dict[str, dict[str, Any]] = {}
 
 
@@ -169,11 +170,11 @@ class DiagGaussian(NamedTuple):
         return -jnp.sum(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi), axis=-1)
 
     def entropy(self) -> jax.Array:
-        """S[π] = Σ log σ + ½ log 2πe in nats, [...]."""
+        """S[π] = Σ (log σ + ½ log 2πe) in nats, [...]."""
         return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
     def kl(self, other: "DiagGaussian") -> jax.Array:
-        """KL(self ‖ other) in nats, summed over the dimensions, [...]."""
+        """KL(self ‖ other) = Σ ½ (σ²/σ'² + (μ - μ')²/σ'² - 1) + log σ'/σ in nats, [...]."""
         variance_ratio = jnp.exp(2 * (self.log_std - other.log_std))
         z = (self.mean - other.mean) * jnp.exp(-other.log_std)
         return jnp.sum(0.5 * (variance_ratio + z**2 - 1.0) + other.log_std - self.log_std, axis=-1)
@@ -223,7 +224,8 @@ class Actor(nn.Module):
     def __call__(self, obs):
         x = mlp(obs, self.hidden_sizes, self.activation)
         # Tiny weights: the first means are near 0, the middle of the action range, for every
-        # observation (Andrychowicz et al. 2020, 3.2). The deviation is one parameter per dimension.
+        # observation (Andrychowicz et al. 2020, 3.2). The deviation is one parameter per dimension
+        # and starts at 1: a third of the first samples hits a bound.
         mean = nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
         return DiagGaussian(mean, jnp.broadcast_to(log_std, mean.shape))
@@ -371,23 +373,27 @@ class Environment(NamedTuple):
 
 
 def bound_action(action: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """What the environment gets for the policy's action; all [..., A].
+    """What the environment gets for the policy's action; elementwise, the bounds broadcast.
 
     The policy thinks in units in which ±1 are the bounds, so that a deviation of 1 explores the
-    whole range, whatever its size: the action is clipped to ±1 and stretched to [low, high]. A
-    dimension without two bounds keeps its own units. The loss never sees this: the density is that
-    of the raw action, and clipping it first would give a wrong ratio at the bounds.
+    whole range, whatever its size: the action is clipped to ±1 and stretched to [low, high]. Where
+    a bound is missing nothing is clipped on that side and the units are the environment's. The loss
+    never sees this: the density is that of the raw action, and clipping it first would give a wrong
+    ratio at the bounds.
     """
-    both = (low > -1e30) & (high < 1e30)  # some spaces write the largest float for no bound
-    middle = jnp.where(both, low, -1.0) / 2 + jnp.where(both, high, 1.0) / 2
-    half = jnp.where(both, high, 1.0) / 2 - jnp.where(both, low, -1.0) / 2
-    return jnp.where(both, middle + half * jnp.clip(action, -1, 1), jnp.clip(action, low, high))
+    has_low, has_high = low > -1e30, high < 1e30  # some spaces write the largest float for no bound
+    start = jnp.where(has_low, low, jnp.where(has_high, high - 2.0, -1.0))
+    end = jnp.where(has_high, high, start + 2.0)
+    action = jnp.clip(action, jnp.where(has_low, -1.0, -jnp.inf), jnp.where(has_high, 1.0, jnp.inf))
+    return start + (end - start) * (action + 1.0) / 2
 
 
 def action_interface(env_id: str, space: Any) -> tuple[int, Callable]:
     """A, and the function from the policy's action [A] to the environment's, in its own shape."""
-    if not isinstance(space, gymnax.environments.spaces.Box):
+    if isinstance(space, gymnax.environments.spaces.Discrete):
         raise ValueError(f"{env_id} has discrete actions: use ppo_discrete.py")
+    if not isinstance(space, gymnax.environments.spaces.Box):
+        raise ValueError(f"{env_id} has an action space that is not supported: {space}")
     low, high = (jnp.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
 
     def to_env_action(action):

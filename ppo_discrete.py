@@ -365,8 +365,10 @@ class Environment(NamedTuple):
 
 def action_interface(env_id: str, space: Any) -> tuple[int, Callable]:
     """A, and the function from the policy's action to the environment's: here they are the same."""
-    if not isinstance(space, gymnax.environments.spaces.Discrete):
+    if isinstance(space, gymnax.environments.spaces.Box):
         raise ValueError(f"{env_id} has continuous actions: use ppo_continuous.py")
+    if not isinstance(space, gymnax.environments.spaces.Discrete):
+        raise ValueError(f"{env_id} has an action space that is not supported: {space}")
     return space.n, lambda action: action
 
 

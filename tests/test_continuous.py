@@ -101,13 +101,15 @@ def test_gaussian_samples():
 
 
 def test_bound_action():
-    low = jnp.array([-2.0, 0.0, -jnp.inf, 0.0, -3.4e38])
+    low = jnp.array([-2.0, 0.0, -jnp.inf, 100.0, -3.4e38])
     high = jnp.array([2.0, 10.0, jnp.inf, jnp.inf, 3.4e38])
     bound = lambda x: bound_action(jnp.full(5, x), low, high)
-    np.testing.assert_allclose(bound(0.0), [0, 5, 0, 0, 0])
-    np.testing.assert_allclose(bound(0.5), [1, 7.5, 0.5, 0.5, 0.5])
-    np.testing.assert_allclose(bound(7.0), [2, 10, 7, 7, 7])
-    np.testing.assert_allclose(bound(-7.0), [-2, 0, -7, 0, -7])
+    np.testing.assert_allclose(bound(0.0), [0, 5, 0, 101, 0])
+    np.testing.assert_allclose(bound(0.5), [1, 7.5, 0.5, 101.5, 0.5])
+    np.testing.assert_allclose(bound(7.0), [2, 10, 7, 108, 7])
+    np.testing.assert_allclose(bound(-7.0), [-2, 0, -7, 100, -7])
+    upper = bound_action(jnp.array([-7.0, 0.0, 7.0]), jnp.array(-jnp.inf), jnp.array(5.0))
+    np.testing.assert_allclose(upper, [-3, 4, 5])
 
 
 def test_the_first_ratio_is_one(keys):
