@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Subprocesses of the tests share compiled programs; so do two runs of the suite within a session.
+# The suite is written for the CPU: comparisons of bits hold only there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import gymnax  # noqa: E402

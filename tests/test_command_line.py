@@ -172,7 +172,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert (run_dir / "learning_curve.png").exists()
         assert "Traceback" not in errors
     assert len(rows_of(run_dir / "metrics.csv")) < 2 * 3000, "it was not interrupted"
-    assert (run_dir / "checkpoints" / "0").exists() is False, "a later checkpoint exists"
+    assert not (run_dir / "checkpoints" / "0").exists(), "no later checkpoint was written"
 
     code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
     assert code == 0, errors
