@@ -1,13 +1,21 @@
 """PPO with the clipped objective, for continuous actions: JAX, one file, one compiled program.
 
+The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
+reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
+E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
+estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
+makes each action more probable in proportion to its advantage.
+
 Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves a stochastic policy π
 by gradient ascent on data that a slightly older policy π_old collected. The importance ratio
 
     r_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                                       (section 3)
 
-corrects for the difference, but only near r = 1. The clipped objective takes away the reason to go
-further: once the ratio has left [1-ε, 1+ε] in the direction that its advantage Â favours, the
-gradient of that sample is zero; a sample that moved in the wrong direction is always pulled back.
+corrects for the difference: E[r_t Â_t] has the policy gradient as its slope at r = 1. But it cannot
+be trusted far from there, since the states are still those that π_old visited, and large ratios
+make it noisy. The clipped objective takes away the reason to go further: once the ratio has left
+[1-ε, 1+ε] in the direction that its advantage favours, the gradient of that sample is zero; a
+sample that moved in the wrong direction is always pulled back.
 
     L_CLIP(θ) = E[ min( r_t Â_t , clip(r_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
@@ -44,6 +52,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -53,7 +62,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
-import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +69,8 @@ import optax
 import orbax.checkpoint as ocp
 import scipy.stats
 import tyro
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -76,7 +86,7 @@ class Config:
     num_seeds: int = 8  # independent trainings, run side by side
     total_timesteps: int = 500_000  # environment steps per seed, never exceeded
     num_envs: int = 16  # environments per seed (N)
-    num_steps: int = 128  # steps of each environment per update (T)
+    num_steps: int = 256  # steps of each environment per update (T)
     learning_rate: float = 1e-3  # Adam's step size at the start
     anneal_lr: bool = True  # let the learning rate fall linearly to zero
     gamma: float = 0.99  # discount γ
@@ -86,13 +96,14 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1) in the joint gradient norm
+    vf_coef: float = 0.5  # weight of the value loss (c_1); matters where the norm is clipped
     max_grad_norm: float = 2.0  # a gradient whose norm is larger is scaled down to this
     normalize_obs: bool = True  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     resume: str | None = None  # directory of an earlier run to continue, with its configuration
+    distributed: bool = False  # be one of several processes, found by jax.distributed
 
     @property
     def batch_size(self) -> int:
@@ -122,7 +133,8 @@ class Config:
                 if name in ("gamma", "gae_lambda") and number > 1:
                     raise ValueError(f"{name} must lie between 0 and 1, got {number}")
         if self.seed + self.num_seeds > 2**31:
-            raise ValueError(f"seed + num_seeds must not exceed 2^31, got {self.seed}")
+            total = f"{self.seed} + {self.num_seeds}"
+            raise ValueError(f"seed + num_seeds must not exceed 2^31, got {total}")
         if self.batch_size % self.num_minibatches:
             raise ValueError(
                 f"num_steps x num_envs = {self.batch_size} transitions do not divide into "
@@ -190,6 +202,9 @@ class DiagGaussian(NamedTuple):
 def orthogonal(scale: float) -> Callable:
     """Initialiser: `scale` times a uniformly distributed matrix with orthonormal rows or columns.
 
+    Such a matrix keeps the length of what passes through it, forwards and backwards; √2 makes up
+    for what a hidden layer's nonlinearity takes away (detail 2 of Huang et al.).
+
     The usual QR decomposition is a batched LAPACK call under vmap, and several of those in one
     program can deadlock on a machine with few cores (jax 0.10). The polar factor of a Gaussian
     matrix has the same distribution, and the Newton-Schulz iteration x ← 3/2 x - 1/2 x xᵀx, which
@@ -247,7 +262,11 @@ class Critic(nn.Module):
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+    """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+
+    δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
+    "bootstrap". The sum of all later δ, each weighted by γλ once more, trusts the rewards seen (λ =
+    1, unbiased but noisy), V (λ = 0, the reverse), or something in between.
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
@@ -271,8 +290,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the minibatch, [M] -> [M]: the step does not depend on the scale
-    of the rewards (in OpenAI baselines; detail 7 of Huang et al.)."""
+    """Mean 0 and deviation 1 over the data of one step, so that it does not depend on the scale of
+    the rewards (in OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M] -> [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -280,21 +299,22 @@ def clipped_surrogate(ratio, advantage, clip_eps):
     """L_CLIP (eq. 7), to be maximised: ratio and advantage [M] -> scalar.
 
     The minimum makes it a pessimistic bound: clipping may take away what a sample promises, never
-    what it threatens, so a ratio that went the wrong way keeps its gradient.
+    what it threatens. So the gradient is zero where Â > 0 and r > 1+ε, or Â < 0 and r < 1-ε; a
+    ratio that went the wrong way keeps its gradient.
     """
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     return jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
 
 
 def value_loss(value, target):
-    """½ E[(V - V_target)²]: value and target [M] -> scalar."""
+    """½ E[(V - V_target)²], with the gradient V - V_target: value and target [M] -> scalar."""
     return 0.5 * jnp.mean((value - target) ** 2)
 
 
 def clipped_value_loss(value, old_value, target, clip_eps):
-    """Value loss whose step is clipped like the ratio (OpenAI baselines; not in the paper).
+    """Value loss that gains nothing from moving V by more than ε (OpenAI baselines, not the paper).
 
-    The larger of both squared errors counts. All [M] -> scalar.
+    The larger of both squared errors counts, like the smaller objective above. All [M] -> scalar.
     """
     clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
     return 0.5 * jnp.mean(jnp.maximum((value - target) ** 2, (clipped - target) ** 2))
@@ -336,7 +356,8 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
 
-    The mean is not subtracted: paying less for every step would change which policy is best.
+    So the critic's targets are of order 1 in every environment. The mean is not subtracted: a
+    constant taken from every reward would favour short or long episodes, and change the task.
     """
     if stats is None:
         return reward
@@ -369,7 +390,7 @@ class Environment(NamedTuple):
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
     step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
-    action_size: int  # A
+    make_actor: Callable  # hidden_sizes, activation -> the Actor for its actions
 
 
 def bound_action(action: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -388,18 +409,20 @@ def bound_action(action: jax.Array, low: jax.Array, high: jax.Array) -> jax.Arra
     return start + (end - start) * (action + 1.0) / 2
 
 
-def action_interface(env_id: str, space: Any) -> tuple[int, Callable]:
-    """A, and the function from the policy's action [A] to the environment's, in its own shape."""
-    if isinstance(space, gymnax.environments.spaces.Discrete):
+def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
+    """What makes the Actor, and the policy's action [A] -> the environment's, in its own shape."""
+    from gymnax.environments import spaces  # here, for the reason given in make_env
+
+    if isinstance(space, spaces.Discrete):
         raise ValueError(f"{env_id} has discrete actions: use ppo_discrete.py")
-    if not isinstance(space, gymnax.environments.spaces.Box):
+    if not isinstance(space, spaces.Box):
         raise ValueError(f"{env_id} has an action space that is not supported: {space}")
     low, high = (jnp.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
 
     def to_env_action(action):
         return bound_action(action.reshape(space.shape), low, high)
 
-    return math.prod(space.shape), to_env_action
+    return partial(Actor, math.prod(space.shape)), to_env_action
 
 
 def make_env(env_id: str) -> Environment:
@@ -408,12 +431,16 @@ def make_env(env_id: str) -> Environment:
     It is used only through what `gymnax.make` promises, `reset` and `step`, so environments that
     were added by `gymnax.register`, wrapped ones too, work like the built-in ones.
     """
+    # Imported here, because gymnax computes on import, and --distributed has to come before that.
+    import gymnax
+    from gymnax.environments import spaces
+
     if env_id not in gymnax.registered_envs:
         near = difflib.get_close_matches(env_id, gymnax.registered_envs, cutoff=0.4)
         raise ValueError(
             f"there is no environment {env_id!r}; "
-            + (f"did you mean {' or '.join(near)}?" if near else "")
-            + f" gymnax has: {', '.join(sorted(gymnax.registered_envs))}"
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + f"gymnax has: {', '.join(sorted(gymnax.registered_envs))}"
         )
     try:
         with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
@@ -422,11 +449,11 @@ def make_env(env_id: str) -> Environment:
         raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
     action_space = env.action_space(env_params)
     obs_space = env.observation_space(env_params)
-    action_size, to_env_action = action_interface(env_id, action_space)
+    make_actor, to_env_action = action_interface(env_id, action_space)
 
     def observe(obs):
         """One observation as a flat float vector [D]; a category becomes a one-hot vector."""
-        if isinstance(obs_space, gymnax.environments.spaces.Discrete):
+        if isinstance(obs_space, spaces.Discrete):
             return jax.nn.one_hot(obs, obs_space.n)
         return jnp.ravel(obs).astype(jnp.float32)
 
@@ -446,7 +473,7 @@ def make_env(env_id: str) -> Environment:
         reward = jnp.asarray(reward, jnp.float32)
         return observe(obs), env_state, next_obs, reward, terminated, truncated
 
-    return Environment(reset, step, action_size)
+    return Environment(reset, step, make_actor)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -464,7 +491,7 @@ class Transition(NamedTuple):
     done: jax.Array  # [N] bool, terminated or cut by a time limit
     discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
     # backwards, since the future is not known yet; its spread sets the scale of the rewards
-    episode_return: jax.Array  # [N] sum of the rewards of the episode so far
+    episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
 
@@ -506,7 +533,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         update(state, _) -> State, metrics: one iteration, in the form that `lax.scan` wants.
     """
     env = make_env(config.env_id)
-    actor = Actor(env.action_size, config.hidden_sizes, config.activation)
+    actor = env.make_actor(config.hidden_sizes, config.activation)
     critic = Critic(config.hidden_sizes, config.activation)
     num_gradient_steps = config.update_epochs * config.num_minibatches  # per update
 
@@ -593,7 +620,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             # E[(r - 1) - log r]: like -log r an unbiased estimate of KL(π_old ‖ π), but never
             # negative and of less variance (J. Schulman, "Approximating KL divergence", 2020).
             "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
-            # ... of ratios outside the band, on either side.
+            # Of ratios outside the band, on either side; those on the wrong side have a gradient.
             "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
         }
         objective = (
@@ -621,8 +648,9 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
-        # The reward scale may know the new returns at once: it is one factor for the whole rollout.
+        # π_old is the policy that acted; this rollout's enter the statistics of the next iteration.
+        # The reward scale may know the new returns at once: it is one factor for the whole rollout,
+        # and V, which was learned in the old scale, is off by little once the statistics settle.
         # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
@@ -695,7 +723,7 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
     Returns the return and the length of each episode, both [num_episodes], unscaled.
     """
     env = make_env(config.env_id)
-    actor = Actor(env.action_size, config.hidden_sizes, config.activation)
+    actor = env.make_actor(config.hidden_sizes, config.activation)
     reset_key, step_key = jax.random.split(key)
     obs, env_state = env.reset(jax.random.split(reset_key, num_episodes))
 
@@ -721,11 +749,14 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
 
 CHECKPOINT_SECONDS = 30  # a kill loses at most this and a segment
 EVALUATION_EPISODES = 100  # per seed
+PATIENCE = dict(heartbeat_timeout_seconds=30, shutdown_timeout_seconds=120)  # with other processes
 
 
 def fail(message: object) -> None:
     """End with a message and exit code 2, as for every mistake of the user's."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(2)  # a normal exit would wait for the other processes, and they for this one
     sys.exit(2)
 
 
@@ -756,9 +787,78 @@ def parse_command_line() -> Config:
     default = dataclasses.replace(default, resume=found.resume)
     config = tyro.cli(Config, default=default)
     for name, value in vars(config).items():
-        if found.resume and value != getattr(default, name):
+        if found.resume and name != "distributed" and value != getattr(default, name):
             fail(f"{found.resume} was started with {name} = {getattr(default, name)}, not {value}")
     return config
+
+
+def join_processes() -> None:
+    """With --distributed: become one of several processes, on one machine or on many.
+
+    The same command is started once per process. On a cluster that JAX recognises that is all;
+    elsewhere the three environment variables below say where the first process is, and how many
+    there are, and which this one is.
+    """
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    try:
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"),
+            process_id=number("JAX_PROCESS_ID"),
+            initialization_timeout=60,
+            **PATIENCE,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        fail(
+            f"cannot join the other processes: {error}\n"
+            "Slurm, Open MPI, Kubernetes and TPU are recognised; elsewhere set for each process "
+            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+        )
+
+
+def make_mesh(num_seeds: int) -> Mesh:
+    """All devices of all processes, in one row along the seed axis."""
+    devices = jax.device_count()
+    if num_seeds % devices:
+        fewer = num_seeds // devices * devices
+        would = f"{fewer} or {fewer + devices}" if fewer else devices
+        raise ValueError(
+            f"num_seeds = {num_seeds} does not divide over {devices} devices; {would} would"
+        )
+    return jax.make_mesh((devices,), ("seed",), axis_types=(AxisType.Auto,))
+
+
+def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
+    """`function` of one seed, compiled for all: vmapped on each device, side by side on several.
+
+    `shard_map` gives each device a program of its own over its share of the seeds, in which nothing
+    is exchanged. Left to the compiler, a loop under vmap would ask all devices in each iteration
+    whether it has ended.
+    """
+    axis = PartitionSpec("seed")
+    function = jax.shard_map(
+        jax.vmap(function), mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False
+    )
+    return jax.jit(function, **options)
+
+
+def gather_or_end(run_dir: Path, arrays: Any) -> Any:
+    """Arrays that are spread over the processes, as whole NumPy arrays in each of them.
+
+    NumPy arrays that each process has one of are joined along their first axis.
+    """
+    try:
+        return multihost_utils.process_allgather(arrays, tiled=True)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"\nerror: the processes cannot go on together, perhaps because one was lost ({reason})"
+            f"\nstart all of them again with --resume {run_dir}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # a normal exit would wait for the lost process
 
 
 def interquartile_mean(x, axis=-1):
@@ -838,18 +938,20 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
 def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager, State, int]:
     """Create the run's directory, or open the one to resume.
 
-    `state` has shapes only; on resuming it comes back filled, with the number of updates it is of.
+    `state` has shapes only. On resuming it comes back filled, with the number of updates done.
     """
-    script = Path(__file__).stem
-    name = f"{config.env_id}__{script}__{config.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    script, first_process = Path(__file__).stem, jax.process_index() == 0
+    now = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))  # of the first process
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+    name = f"{config.env_id}__{script}__{config.seed}__{stamp}"
     run_dir = Path(config.resume or Path("runs") / name)
     # Orbax writes a checkpoint beside the old one and renames it when it is complete.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     try:
-        if not config.resume:
+        if first_process and not config.resume:
             run_dir.mkdir(parents=True)
             stored = {"script": script, **dataclasses.asdict(config)}
-            del stored["resume"]
+            del stored["resume"], stored["distributed"]
             (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
         checkpoints = ocp.CheckpointManager(
             run_dir.resolve() / "checkpoints",
@@ -867,47 +969,70 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
             raise ValueError("its networks have other sizes")
         state = checkpoints.restore(updates_done, args=ocp.args.StandardRestore(state))
         # Rows written after the checkpoint belong to updates that will be done again.
+        metrics_file = run_dir / "metrics.csv"
         num_rows = 1 + updates_done * config.num_seeds if updates_done else 0
-        rows = (
-            (run_dir / "metrics.csv").read_text().splitlines(keepends=True) if updates_done else []
-        )
+        rows = metrics_file.read_text().splitlines(keepends=True)[:num_rows] if num_rows else []
         if len(rows) < num_rows:
             raise ValueError("metrics.csv is shorter than the checkpoint says")
-        (run_dir / "metrics.csv").write_text("".join(rows[:num_rows]))
     except Exception as error:  # whatever Orbax raises on a damaged file
         fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
+    multihost_utils.sync_global_devices("all have read metrics.csv")
+    if first_process:
+        try:
+            shorter = metrics_file.with_suffix(".tmp")
+            shorter.write_text("".join(rows))
+            shorter.replace(metrics_file)  # at once, so that a kill leaves one or the other
+        except OSError as error:
+            fail(f"cannot write to {run_dir}: {error}")
     return run_dir, checkpoints, state, updates_done
 
 
-def check_finite(config: Config, first_update: int, state: State, metrics: dict) -> None:
-    """Raise FloatingPointError on a loss, [num_seeds, updates], or a weight that is not finite."""
-    finite = np.isfinite(metrics["policy_loss"] + metrics["value_loss"])
-    if not finite.all():
-        update = int(np.argmin(finite.all(axis=0)))
-        seed = config.seed + int(np.argmin(finite[:, update]))
+def check_finite(config: Config, first_update: int, metrics: dict, finite: np.ndarray) -> None:
+    """Raise FloatingPointError if a loss is not finite, or the weights are not.
+
+    `metrics` are [num_seeds, updates]; `finite` [num_seeds] says whether a seed's weights are.
+    """
+    losses = np.isfinite(sum(metrics[name] for name in metrics if name.endswith("_loss")))
+    if not losses.all():
+        update = int(np.argmin(losses.all(axis=0)))
+        seed = config.seed + int(np.argmin(losses[:, update]))
         raise FloatingPointError(
             f"the loss of seed {seed} is not finite in update {first_update + update + 1}"
         )
-    if not all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)):
-        last_update = first_update + finite.shape[1]
-        raise FloatingPointError(f"the weights are not finite after update {last_update}")
+    if not finite.all():
+        seed, last_update = config.seed + int(np.argmin(finite)), first_update + losses.shape[1]
+        raise FloatingPointError(
+            f"the weights of seed {seed} are not finite after update {last_update}"
+        )
 
 
 def main() -> None:
     """Train from the command line, in segments between which files are written."""
     config = parse_command_line()
+    if config.distributed:
+        join_processes()
     try:
         init, update = make_train(config)
+        mesh = make_mesh(config.num_seeds)
     except ValueError as error:
         fail(error)
-    keys = jax.vmap(jax.random.key)(config.seed + np.arange(config.num_seeds))
-    shapes = jax.eval_shape(jax.vmap(init), keys)
+    # Each process makes the keys of its own devices, as its part of one array.
+    sharding = NamedSharding(mesh, PartitionSpec("seed"))
+    make_keys = lambda: jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
+    keys = jax.jit(make_keys, out_shardings=sharding)()
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(jax.vmap(init), keys),
+    )
     run_dir, checkpoints, state, updates_done = open_run(config, shapes)
     save = lambda step, state: checkpoints.save(step, args=ocp.args.StandardSave(state))
-    print(
+    gather = partial(gather_or_end, run_dir)
+    first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
+    say = print if first_process else lambda *_: None
+    say(
         f"{Path(__file__).stem} on {config.env_id}: {config.num_seeds} seeds x "
         f"{config.num_updates} updates x {config.batch_size} steps, on "
-        f"{jax.devices()[0].device_kind}\nwriting {run_dir}"
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}\nwriting {run_dir}"
     )
 
     # From here on the first Ctrl-C or SIGTERM asks for an end after the current segment.
@@ -915,68 +1040,87 @@ def main() -> None:
 
     def stop(number, _):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
+        handle(signal.SIG_DFL)  # the second one ends at once
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    def handle(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
 
-    # Segments of equal length, at most a hundredth of the run: one program serves them all.
-    # Donation lets the new state take the memory of the old one.
+    handle(stop)
+
+    # Segments of equal length, about a hundredth of the run: one program serves them all. Donation
+    # lets the new state take the memory of the old one.
     longest = max(1, config.num_updates // 100)
     length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
-    segment = jax.vmap(lambda state: jax.lax.scan(update, state, None, length))
+
+    def segment(state):
+        state, metrics = jax.lax.scan(update, state, None, length)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
+        return state, metrics, finite
+
     start = time.perf_counter()
+    run_segment = over_seeds(segment, mesh, donate_argnums=0).lower(shapes).compile()
+    initialize = None if config.resume else over_seeds(init, mesh).lower(keys).compile()
+    say(f"compiled in {time.perf_counter() - start:.1f} s")
     if not config.resume:
-        state = jax.jit(jax.vmap(init))(keys)
+        state = initialize(keys)
         save(0, state)
-    run_segment = jax.jit(segment, donate_argnums=0).lower(state).compile()
-    print(f"compiled in {time.perf_counter() - start:.1f} s")
 
     start = saved = time.perf_counter()
+    resumed_at = updates_done
     steps_per_update = config.num_seeds * config.batch_size
     progress = tqdm(
         total=config.num_updates * steps_per_update,
         initial=updates_done * steps_per_update,
         unit="step",
         unit_scale=True,
+        disable=not first_process,
     )
-    while updates_done < config.num_updates and not signals:
-        state, metrics = run_segment(state)
-        metrics = jax.device_get(metrics)  # waits for the segment
+    stopping = False
+    while updates_done < config.num_updates and not stopping:
+        state, metrics, finite = run_segment(state)
+        metrics, finite = gather((metrics, finite))  # waits for the segment
+        # All processes learn whether one was asked to stop, or thinks that it is time to save, so
+        # that all do the same.
+        asked = np.array([[len(signals) > 0, time.perf_counter() - saved > CHECKPOINT_SECONDS]])
+        stopping, saving = gather(asked).any(axis=0)
         try:
-            check_finite(config, updates_done, state, metrics)
+            check_finite(config, updates_done, metrics, finite)
         except FloatingPointError as error:
             progress.close()
             last_good = f"the last good checkpoint, of update {checkpoints.latest_step()}"
-            print(f"error: {error}; {last_good}, is in {run_dir}", file=sys.stderr)
+            if first_process:
+                print(f"error: {error}; {last_good}, is in {run_dir}", file=sys.stderr)
             sys.exit(1)
-        append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
+        if first_process:
+            append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
         updates_done += length
         progress.update(length * steps_per_update)
         if np.isfinite(metrics["episodic_return"]).any():
             progress.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
-        if time.perf_counter() - saved > CHECKPOINT_SECONDS:
+        if saving:
             save(updates_done, state)
             saved = time.perf_counter()
     progress.close()
-    seconds, steps = time.perf_counter() - start, progress.n - progress.initial
-    print(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
+    seconds, steps = time.perf_counter() - start, (updates_done - resumed_at) * steps_per_update
+    say(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
     if updates_done > checkpoints.latest_step():
         save(updates_done, state)
-    if updates_done:
+    if updates_done and first_process:
         plot_learning_curve(run_dir, config)
-    if signals:
-        print(f"stopped after update {updates_done} of {config.num_updates}; go on with")
-        print(f"  python {sys.argv[0]} --resume {run_dir}")
-        sys.exit(128 + signals[0])
+    if gather(np.array([len(signals) > 0])).any():
+        say(f"stopped after update {updates_done} of {config.num_updates}; go on with")
+        say(f"  python {sys.argv[0]} --resume {run_dir}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # all is saved: nothing left to protect
-    # Keys of a stream of their own: no split of a seed's key reaches this number.
-    evaluation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
-    play = jax.jit(jax.vmap(partial(evaluate, config, num_episodes=EVALUATION_EPISODES)))
-    report_evaluation(run_dir, config, *jax.device_get(play(state, evaluation_keys)))
-    print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
+    handle(signal.SIG_DFL)  # all is saved: nothing left to protect
+    play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
+    # Keys of a stream of their own. `split(key, n)[i]` is `fold_in(key, i)`, and no n is so large.
+    play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
+    returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
+    if first_process:
+        report_evaluation(run_dir, config, returns, lengths)
+        print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
 
 
 if __name__ == "__main__":

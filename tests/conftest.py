@@ -72,6 +72,17 @@ class Probe(environment.Environment):
         return spaces.Box(-1.0, 1.0, (1,) if self.truncates else (2,), jnp.float32)
 
 
+class ContinuousProbe(Probe):
+    """A probe whose action is a box of any shape and bounds."""
+
+    def __init__(self, *arguments, low=-1.0, high=1.0, shape=(1,), **keywords):
+        super().__init__(*arguments, **keywords)
+        self.box = spaces.Box(jnp.asarray(low), jnp.asarray(high), shape, jnp.float32)
+
+    def action_space(self, params=None):
+        return self.box
+
+
 PROBES = {
     # Value of a state that always pays 1 and ends: 1.
     "ProbeConstant-test": lambda: Probe(lambda cue, action, time: 1.0),
@@ -94,7 +105,24 @@ for name, factory in PROBES.items():
     gymnax.register(name, lambda factory=factory: factory())
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Environment variables of subprocesses: one compilation cache for all of a module."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 @pytest.fixture
 def keys():
     """Keys for a number of seeds."""
     return lambda n: jax.vmap(jax.random.key)(jnp.arange(n))
+
+
+def quickly_compiled(function, *arguments):
+    """Its value, with less time for the compiler: for tests of whether something runs at all."""
+    program = jax.jit(function).lower(*arguments)
+    return program.compile(compiler_options={"xla_backend_optimization_level": 0})(*arguments)

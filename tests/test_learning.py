@@ -5,32 +5,76 @@ from dataclasses import replace
 import jax
 import numpy as np
 
+import ppo_continuous
 import ppo_discrete
+import ppo_penalty
+import trpo
 
 
-def greedy_returns(script, keys, num_seeds, **config):
-    """Train; the mean return of 100 greedy episodes, [num_seeds]."""
+def learn(script, keys, num_seeds, **config):
+    """Train; the mean return of 100 greedy episodes, [num_seeds], and the metrics."""
     config = replace(script.default_config(config.pop("env_id")), **config)
 
     @jax.jit
     @jax.vmap
     def run(key):
-        state, _ = script.train(config, key)
-        return script.evaluate(config, state, jax.random.fold_in(key, 2**31), 100)[0].mean()
+        state, metrics = script.train(config, key)
+        returns, _ = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 100)
+        return returns.mean(), metrics
 
-    return np.asarray(run(keys(num_seeds)))
+    returns, metrics = jax.device_get(run(keys(num_seeds)))
+    return returns, metrics, config
 
 
 def test_ppo_discrete_solves_cartpole_within_50k_steps(keys):
-    returns = greedy_returns(ppo_discrete, keys, 5, env_id="CartPole-v1", total_timesteps=50_000)
+    returns, *_ = learn(ppo_discrete, keys, 5, env_id="CartPole-v1", total_timesteps=50_000)
     assert (returns >= 475).all(), returns
 
 
 def test_ppo_discrete_swings_the_acrobot_up_within_100k_steps(keys):
-    returns = greedy_returns(ppo_discrete, keys, 5, env_id="Acrobot-v1", total_timesteps=100_000)
+    returns, *_ = learn(ppo_discrete, keys, 5, env_id="Acrobot-v1", total_timesteps=100_000)
     assert np.median(returns) >= -90 and (returns > -110).all(), returns
 
 
 def test_ppo_discrete_catches_every_ball_within_100k_steps(keys):
-    returns = greedy_returns(ppo_discrete, keys, 5, env_id="Catch-bsuite", total_timesteps=100_000)
+    returns, *_ = learn(ppo_discrete, keys, 5, env_id="Catch-bsuite", total_timesteps=100_000)
     assert (returns == 1).all(), returns
+
+
+def test_ppo_continuous_swings_the_pendulum_up_within_100k_steps(keys):
+    returns, *_ = learn(ppo_continuous, keys, 5, env_id="Pendulum-v1", total_timesteps=100_000)
+    assert np.median(returns) > -250 and (returns > -500).all(), returns
+
+
+def test_trpo_solves_cartpole_within_100k_steps(keys):
+    returns, metrics, config = learn(trpo, keys, 4, env_id="CartPole-v1", total_timesteps=100_000)
+    assert (returns >= 475).all(), returns
+    assert (metrics["kl"] <= config.max_kl).all() and (metrics["step_accepted"] == 1).mean() > 0.9
+
+
+def test_trpo_swings_the_pendulum_up_within_100k_steps(keys):
+    returns, *_ = learn(trpo, keys, 4, env_id="Pendulum-v1", total_timesteps=100_000)
+    assert np.median(returns) > -200 and (returns > -300).all(), returns
+
+
+def follows_its_target(metrics, config):
+    """Whether d stays near d_targ on the median, in each seed after the first tenth."""
+    kl = metrics["kl"][:, config.num_updates // 10 :]
+    median = np.median(kl, axis=1) / config.target_kl
+    return ((median > 0.5) & (median < 2)).all()
+
+
+def test_ppo_penalty_solves_cartpole_within_100k_steps(keys):
+    returns, metrics, config = learn(
+        ppo_penalty, keys, 4, env_id="CartPole-v1", total_timesteps=100_000
+    )
+    assert (returns >= 475).all(), returns
+    assert follows_its_target(metrics, config)
+
+
+def test_ppo_penalty_swings_the_pendulum_up_within_100k_steps(keys):
+    returns, metrics, config = learn(
+        ppo_penalty, keys, 4, env_id="Pendulum-v1", total_timesteps=100_000
+    )
+    assert np.median(returns) > -250 and (returns > -500).all(), returns
+    assert follows_its_target(metrics, config)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, quickly_compiled
 
 import ppo_discrete
 from ppo_discrete import Config, evaluate, make_train, train
@@ -109,7 +109,7 @@ def test_200_vmapped_initialisations_do_not_hang():
 @pytest.mark.parametrize("env_id", DISCRETE)
 def test_every_discrete_environment_trains(env_id, keys):
     config = replace(SMALL, env_id=env_id, total_timesteps=2 * 64)
-    state, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    state, metrics = quickly_compiled(partial(train, config), keys(1)[0])
     assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert int(state.updates_done) == 2

@@ -1,0 +1,1171 @@
+"""PPO with the adaptive KL penalty, discrete and continuous actions: JAX, one file, one program.
+
+The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
+reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
+E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
+estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
+makes each action more probable in proportion to its advantage.
+
+This is the other half of the PPO paper (Schulman et al. 2017, arXiv:1707.06347, section 4). TRPO
+improves a stochastic policy π by maximising, on data of a slightly older policy π_old, the surrogate
+
+    L(θ) = E[ r Â ],    r = π_θ(a|s) / π_old(a|s)                                          (eq. 6)
+
+under the constraint E[KL(π_old ‖ π_θ)] ≤ δ, which takes second-order methods. Here the constraint
+becomes a price, and Adam does the rest, in several epochs of minibatches:
+
+    L_KLPEN(θ) = E[ r Â - β KL(π_old(·|s) ‖ π_θ(·|s)) ]                                    (eq. 8)
+
+No β suits all tasks. For small steps L is linear with slope g and the KL divergence ½ xᵀF x, where F is
+the Fisher information matrix of π_old. The best step is then x = F⁻¹g / β, and moves the policy by
+
+    d = ½ xᵀF x = gᵀF⁻¹g / 2β²,    so that    β* = √( gᵀF⁻¹g / 2 d_targ )
+
+is the price of a step of length d_targ: the Lagrange multiplier of TRPO's constraint with δ =
+d_targ. But gᵀF⁻¹g, how fast the surrogate can be improved, differs between tasks, and changes while
+a policy learns: a price that is right at first is too high or too low later. So β is adapted. After
+each update d = E[KL(π_old ‖ π_θ)] is measured on the whole rollout, and the next update uses
+
+    β / 2   if d < d_targ / 1.5,      2 β   if d > 1.5 d_targ,      else β.           (section 4)
+
+As far as the optimum is reached d falls with 1/β²: one step of the controller changes it by a
+factor of four, and β comes to follow β* within some updates, wherever it starts. (As the learning
+rate goes to zero so does d, whatever β; then β falls to its lower bound.) The KL divergence is the
+exact one between the stored and the new distribution, not an estimate from the sampled actions. Its
+direction matters: π_θ must not become unlikely where π_old acts. In a state with advantages A(a),
+the objective Σ π A - β KL is largest at π = β π_old / (ν - A), with ν such that π sums to one: no
+action dies out at once. The reverse direction would give π ∝ π_old exp(A/β), which falls faster.
+
+    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
+    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
+
+`train(config, key)` runs a whole training, environments included, as one pure function:
+`jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
+segments, to move a progress bar and write files between them.
+
+    python ppo_penalty.py                                    # CartPole-v1, 8 seeds, 500k steps each
+    python ppo_penalty.py --env-id Pendulum-v1 --num-seeds 3
+    python ppo_penalty.py --help
+
+Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
+D = length of the observation vector, A = number of actions or of action dimensions. Arrays of a
+rollout are [T, N, ...]; under vmap a seed axis stands in front.
+
+Departures from the paper, explained where they occur: β is clamped, and kept if d is not finite; a
+time limit is not the end of an episode for the value function; advantages are normalised per
+minibatch; observations and rewards are scaled by running statistics; the gradient norm is clipped;
+Adam's ε is 1e-5 and its learning rate falls; weights start orthogonal; the value loss has a ½;
+continuous actions are clipped and stretched to the bounds. "Huang et al." is "The 37 Implementation
+Details of PPO" (2022).
+"""
+
+import argparse
+import csv
+import dataclasses
+import difflib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import scipy.stats
+import tyro
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+# ---- Configuration: every field is a command-line flag, its comment the text of --help -----------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Train PPO with the adaptive KL penalty, with discrete or continuous actions."""
+
+    env_id: str = "CartPole-v1"  # a gymnax environment
+    seed: int = 0  # the first seed; the others count up from it
+    num_seeds: int = 8  # independent trainings, run side by side
+    total_timesteps: int = 500_000  # environment steps per seed, never exceeded
+    num_envs: int = 16  # environments per seed (N)
+    num_steps: int = 128  # steps of each environment per update (T)
+    learning_rate: float = 1e-3  # Adam's step size at the start
+    anneal_lr: bool = True  # let the learning rate fall linearly to zero
+    gamma: float = 0.99  # discount γ
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    update_epochs: int = 8  # passes over each rollout (K)
+    num_minibatches: int = 8  # minibatches per pass
+    target_kl: float = 0.005  # d_targ, how far each update should move the policy
+    beta: float = 1.0  # the penalty's weight β at the start; adapted within 1e-4 ... 1e4
+    adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
+    vf_coef: float = 0.5  # weight of the value loss; matters where the norm is clipped
+    max_grad_norm: float = 2.0  # a gradient whose norm is larger is scaled down to this
+    normalize_obs: bool = True  # scale observations by their running mean and deviation
+    normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
+    hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
+    activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
+    resume: str | None = None  # directory of an earlier run to continue, with its configuration
+    distributed: bool = False  # be one of several processes, found by jax.distributed
+
+    @property
+    def batch_size(self) -> int:
+        """Transitions per update, T·N."""
+        return self.num_steps * self.num_envs
+
+    @property
+    def minibatch_size(self) -> int:
+        """Transitions per gradient step, M."""
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_updates(self) -> int:
+        """Iterations that fit into the budget."""
+        return self.total_timesteps // self.batch_size
+
+    def __post_init__(self):
+        """Raise ValueError on values that cannot work; traced ones (under vmap) pass unseen."""
+        zero_allowed = {"seed", "gamma", "gae_lambda", "beta", "vf_coef"}
+        for name, value in vars(self).items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    continue
+                if not (0 <= number < math.inf) or (number == 0 and name not in zero_allowed):
+                    kind = "not negative" if name in zero_allowed else "positive"
+                    raise ValueError(f"{name} must be finite and {kind}, got {number}")
+                if name in ("gamma", "gae_lambda") and number > 1:
+                    raise ValueError(f"{name} must lie between 0 and 1, got {number}")
+        if self.seed + self.num_seeds > 2**31:
+            total = f"{self.seed} + {self.num_seeds}"
+            raise ValueError(f"seed + num_seeds must not exceed 2^31, got {total}")
+        if self.batch_size % self.num_minibatches:
+            raise ValueError(
+                f"num_steps x num_envs = {self.batch_size} transitions do not divide into "
+                f"num_minibatches = {self.num_minibatches} equal parts"
+            )
+        if self.minibatch_size < 2:
+            raise ValueError("minibatch_size 1 leaves nothing to normalise; lower num_minibatches")
+        if self.num_updates < 1:
+            raise ValueError(
+                f"total_timesteps = {self.total_timesteps} is less than one rollout of "
+                f"num_steps x num_envs = {self.batch_size} steps"
+            )
+
+
+# Families of environments that need other values than the defaults, by the end of their name:
+# none so far.
+PRESETS: dict[str, dict[str, Any]] = {}
+
+
+def default_config(env_id: str | None = None) -> Config:
+    """The configuration that the command line starts from: the defaults and the preset."""
+    env_id = env_id or Config.env_id
+    return Config(env_id=env_id, **PRESETS.get(env_id.rpartition("-")[2], {}))
+
+
+# ---- Policy distributions ------------------------------------------------------------------------
+
+
+class Categorical(NamedTuple):
+    """Distribution over actions 0 ... A-1. All methods work on any leading axes [...]."""
+
+    logits: jax.Array  # [..., A], unnormalised log-probabilities
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """A random action, [...]."""
+        return jax.random.categorical(key, self.logits)
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """log π(action), [...]."""
+        # A product with a one-hot vector: the gradient of indexing would be a slow scatter.
+        chosen = jax.nn.one_hot(action, self.logits.shape[-1], dtype=self.logits.dtype)
+        return jnp.sum(chosen * jax.nn.log_softmax(self.logits), axis=-1)
+
+    def entropy(self) -> jax.Array:
+        """S[π] = -Σ π log π in nats, [...]."""
+        log_p = jax.nn.log_softmax(self.logits)
+        return -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+
+    def kl(self, other: "Categorical") -> jax.Array:
+        """KL(self ‖ other) = Σ π_self (log π_self - log π_other) in nats, [...]."""
+        log_p, log_q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
+        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+    def mode(self) -> jax.Array:
+        """The most probable action, [...]."""
+        return jnp.argmax(self.logits, axis=-1)
+
+
+class DiagGaussian(NamedTuple):
+    """Independent normal distributions of A action dimensions, on any leading axes [...].
+
+    A density, not a probability: `log_prob` may be positive and `entropy` negative.
+    """
+
+    mean: jax.Array  # [..., A]
+    log_std: jax.Array  # [..., A]
+
+    def sample(self, key: jax.Array) -> jax.Array:
+        """A random action, [..., A]."""
+        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
+
+    def log_prob(self, action: jax.Array) -> jax.Array:
+        """log π(action), summed over the dimensions, [...]."""
+        z = (action - self.mean) * jnp.exp(-self.log_std)
+        return -jnp.sum(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi), axis=-1)
+
+    def entropy(self) -> jax.Array:
+        """S[π] = Σ (log σ + ½ log 2πe) in nats, [...]."""
+        return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
+
+    def kl(self, other: "DiagGaussian") -> jax.Array:
+        """KL(self ‖ other) = Σ ½ (σ²/σ'² + (μ - μ')²/σ'² - 1) + log σ'/σ in nats, [...]."""
+        variance_ratio = jnp.exp(2 * (self.log_std - other.log_std))
+        z = (self.mean - other.mean) * jnp.exp(-other.log_std)
+        return jnp.sum(0.5 * (variance_ratio + z**2 - 1.0) + other.log_std - self.log_std, axis=-1)
+
+    def mode(self) -> jax.Array:
+        """The action of highest density, [..., A]."""
+        return self.mean
+
+
+# ---- Networks: separate actor and critic, two multilayer perceptrons -----------------------------
+
+
+def orthogonal(scale: float) -> Callable:
+    """Initialiser: `scale` times a uniformly distributed matrix with orthonormal rows or columns.
+
+    Such a matrix keeps the length of what passes through it, forwards and backwards; √2 makes up
+    for what a hidden layer's nonlinearity takes away (detail 2 of Huang et al.).
+
+    The usual QR decomposition is a batched LAPACK call under vmap, and several of those in one
+    program can deadlock on a machine with few cores (jax 0.10). The polar factor of a Gaussian
+    matrix has the same distribution, and the Newton-Schulz iteration x ← 3/2 x - 1/2 x xᵀx, which
+    drives every singular value in (0, √3) to 1, finds it with matrix products alone. Dividing by
+    the Frobenius norm brings the singular values into range; the small ones grow by 3/2 per step.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        x = jax.random.normal(key, shape, dtype)  # [fan_in, fan_out]
+        with jax.default_matmul_precision("highest"):
+            step = lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x)
+            return scale * jax.lax.fori_loop(0, 40, step, x / jnp.linalg.norm(x))
+
+    return init
+
+
+def mlp(x: jax.Array, hidden_sizes: tuple[int, ...], activation: str) -> jax.Array:
+    """Hidden layers, [..., D] -> [..., hidden_sizes[-1]]; to be called inside a Linen module."""
+    for size in hidden_sizes:
+        x = getattr(nn, activation)(nn.Dense(size, kernel_init=orthogonal(math.sqrt(2)))(x))
+    return x
+
+
+class Actor(nn.Module):
+    """Observation [..., D] -> policy over A actions, or over actions of A dimensions."""
+
+    action_size: int
+    distribution: type[Categorical] | type[DiagGaussian]
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs):
+        x = mlp(obs, self.hidden_sizes, self.activation)
+        # Tiny weights: the first policy is nearly the same for every observation, with even odds or
+        # means near 0, the middle of the action range (Andrychowicz et al. 2020, 3.2).
+        x = nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x)
+        if self.distribution is Categorical:
+            return Categorical(x)
+        # One deviation per dimension, the same for every observation. It starts at 1: a third of
+        # the first samples hits a bound.
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
+        return DiagGaussian(x, jnp.broadcast_to(log_std, x.shape))
+
+
+class Critic(nn.Module):
+    """Observation [..., D] -> value [...]."""
+
+    hidden_sizes: tuple[int, ...]
+    activation: str
+
+    @nn.compact
+    def __call__(self, obs):
+        x = mlp(obs, self.hidden_sizes, self.activation)
+        return nn.Dense(1, kernel_init=orthogonal(1.0))(x).squeeze(-1)
+
+
+# ---- The mathematics: pure functions of arrays ---------------------------------------------------
+
+
+def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
+    """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+
+    δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
+    "bootstrap". The sum of all later δ, each weighted by γλ once more, trusts the rewards seen (λ =
+    1, unbiased but noisy), V (λ = 0, the reverse), or something in between.
+
+    `next_value` is V of the observation that the step led to, even where the episode ended there.
+    `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
+    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. A
+    step that is only cut by a time limit therefore still bootstraps (Pardo et al. 2018).
+
+    All arrays [T, N]; returns the advantage Â and the critic's regression target Â + V, which is
+    the λ-return, both [T, N].
+    """
+    delta = reward + gamma * next_value * (1.0 - terminated) - value
+
+    def step(advantage, row):
+        delta, done = row
+        advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
+        return advantage, advantage
+
+    # The body is a handful of operations on N numbers: unrolling saves most of the loop's overhead.
+    zero = jnp.zeros_like(delta[0])
+    _, advantage = jax.lax.scan(step, zero, (delta, done), reverse=True, unroll=16)
+    return advantage, advantage + value
+
+
+def normalize_advantage(advantage):
+    """Mean 0 and deviation 1 over the data of one step, so that it does not depend on the scale of
+    the rewards (in OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M] -> [M]."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def surrogate(ratio, advantage):
+    """L = E[r Â] (TRPO eq. 14, PPO eq. 6), to be maximised: ratio and advantage [B] -> scalar."""
+    return jnp.mean(ratio * advantage)
+
+
+def value_loss(value, target):
+    """½ E[(V - V_target)²], with the gradient V - V_target: value and target [M] -> scalar."""
+    return 0.5 * jnp.mean((value - target) ** 2)
+
+
+def adapt_beta(beta, kl, target_kl):
+    """The penalty's weight for the next update: β [], d = `kl` [] and d_targ -> β [] (section 4).
+
+    The bounds keep a β that has had no effect for long, say at a solved task, from vanishing or
+    overflowing. A d that is not finite says nothing: β is left alone.
+    """
+    new_beta = jnp.where(
+        kl < target_kl / 1.5, beta / 2, jnp.where(kl > 1.5 * target_kl, 2 * beta, beta)
+    )
+    return jnp.where(jnp.isfinite(kl), jnp.clip(new_beta, 1e-4, 1e4), beta)
+
+
+class RunningStats(NamedTuple):
+    """Mean and variance of everything seen so far, per component."""
+
+    mean: jax.Array  # [...]
+    var: jax.Array  # [...]
+    count: jax.Array  # []
+
+
+def init_stats(shape: tuple[int, ...]) -> RunningStats:
+    """Mean 0 and variance 1 with next to no weight, so that the first data replace them."""
+    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.asarray(1e-4))
+
+
+def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
+    """Merge a rollout x, [T, N, ...], into the statistics (Chan, Golub & LeVeque 1979)."""
+    n, mean, var = x.shape[0] * x.shape[1], x.mean((0, 1)), x.var((0, 1))
+    count = stats.count + n
+    delta = mean - stats.mean
+    spread = stats.count * n / count * delta**2  # what the two means' distance adds
+    return RunningStats(
+        mean=stats.mean + delta * n / count,
+        var=(stats.count * stats.var + n * var + spread) / count,
+        count=count,
+    )
+
+
+def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
+    """Observations [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged without stats."""
+    if stats is None:
+        return obs
+    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
+    """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
+
+    So the critic's targets are of order 1 in every environment. The mean is not subtracted: a
+    constant taken from every reward would favour short or long episodes, and change the task.
+    """
+    if stats is None:
+        return reward
+    return jnp.clip(reward / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+
+
+def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
+    """A new random order for each epoch, cut into minibatches: [num_epochs · num_minibatches, M].
+
+    `jax.random.permutation` sorts pairs, twice. Here the index sits in the low bits of a random
+    word, so that one sort of plain integers carries it along: three to seven times faster, where
+    shuffling is a third of all training time. Words whose random high bits agree keep the order of
+    their indices: with 8192 transitions those are some 60 of 33 million pairs. With a million they
+    are runs of about 256, which still matter little, since only a run that a minibatch boundary
+    divides is not divided at random.
+    """
+    index_bits = (batch_size - 1).bit_length()
+    low = jnp.uint32(2**index_bits - 1)
+    words = jax.random.bits(key, (num_epochs, batch_size), jnp.uint32)
+    words = (words & ~low) | jnp.arange(batch_size, dtype=jnp.uint32)
+    order = (jnp.sort(words, axis=-1) & low).astype(jnp.int32)
+    return order.reshape(num_epochs * num_minibatches, batch_size // num_minibatches)
+
+
+# ---- The environment: gymnax, as N environments with flat float32 observations -------------------
+
+
+class Environment(NamedTuple):
+    """What the algorithm needs of an environment; both functions act on N copies at once."""
+
+    reset: Callable  # keys [N] -> obs [N, D], env_state
+    step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
+    make_actor: Callable  # hidden_sizes, activation -> the Actor for its actions
+
+
+def bound_action(action: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """What the environment gets for the policy's action; elementwise, the bounds broadcast.
+
+    The policy thinks in units in which ±1 are the bounds, so that a deviation of 1 explores the
+    whole range, whatever its size: the action is clipped to ±1 and stretched to [low, high]. Where
+    a bound is missing nothing is clipped on that side and the units are the environment's. The loss
+    never sees this: the density is that of the raw action, and clipping it first would give a wrong
+    ratio at the bounds.
+    """
+    has_low, has_high = low > -1e30, high < 1e30  # some spaces write the largest float for no bound
+    start = jnp.where(has_low, low, jnp.where(has_high, high - 2.0, -1.0))
+    end = jnp.where(has_high, high, start + 2.0)
+    action = jnp.clip(action, jnp.where(has_low, -1.0, -jnp.inf), jnp.where(has_high, 1.0, jnp.inf))
+    return start + (end - start) * (action + 1.0) / 2
+
+
+def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
+    """What makes the Actor, and the policy's action -> the environment's; both by the action space.
+
+    Nothing else knows whether actions are discrete or continuous, but the Actor's last lines.
+    """
+    from gymnax.environments import spaces  # here, for the reason given in make_env
+
+    if isinstance(space, spaces.Discrete):
+        return partial(Actor, space.n, Categorical), lambda action: action
+    if not isinstance(space, spaces.Box):
+        raise ValueError(f"{env_id} has an action space that is not supported: {space}")
+    low, high = (jnp.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
+
+    def to_env_action(action):
+        return bound_action(action.reshape(space.shape), low, high)
+
+    return partial(Actor, math.prod(space.shape), DiagGaussian), to_env_action
+
+
+def make_env(env_id: str) -> Environment:
+    """The gymnax environment of that name, vectorised. ValueError says why one cannot be used.
+
+    It is used only through what `gymnax.make` promises, `reset` and `step`, so environments that
+    were added by `gymnax.register`, wrapped ones too, work like the built-in ones.
+    """
+    # Imported here, because gymnax computes on import, and --distributed has to come before that.
+    import gymnax
+    from gymnax.environments import spaces
+
+    if env_id not in gymnax.registered_envs:
+        near = difflib.get_close_matches(env_id, gymnax.registered_envs, cutoff=0.4)
+        raise ValueError(
+            f"there is no environment {env_id!r}; "
+            + (f"did you mean {' or '.join(near)}? " if near else "")
+            + f"gymnax has: {', '.join(sorted(gymnax.registered_envs))}"
+        )
+    try:
+        with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
+            env, env_params = gymnax.make(env_id)
+    except OSError as error:
+        raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
+    action_space = env.action_space(env_params)
+    obs_space = env.observation_space(env_params)
+    make_actor, to_env_action = action_interface(env_id, action_space)
+
+    def observe(obs):
+        """One observation as a flat float vector [D]; a category becomes a one-hot vector."""
+        if isinstance(obs_space, spaces.Discrete):
+            return jax.nn.one_hot(obs, obs_space.n)
+        return jnp.ravel(obs).astype(jnp.float32)
+
+    @jax.vmap
+    def reset(key):
+        obs, env_state = env.reset(key, env_params)
+        return observe(obs), env_state
+
+    @jax.vmap
+    def step(key, env_state, action):
+        """One step and, where an episode ends, a reset: `obs` opens the new episode, `next_obs` is
+        the last observation of the old one (elsewhere they are equal)."""
+        obs, env_state, reward, terminated, truncated, info = env.step(
+            key, env_state, to_env_action(action), env_params
+        )
+        next_obs = observe(info["final_observation"])
+        reward = jnp.asarray(reward, jnp.float32)
+        return observe(obs), env_state, next_obs, reward, terminated, truncated
+
+    return Environment(reset, step, make_actor)
+
+
+# ---- Data ----------------------------------------------------------------------------------------
+
+
+class Transition(NamedTuple):
+    """One step of N environments; a rollout stacks T of them in front."""
+
+    obs: jax.Array  # [N, D]
+    next_obs: jax.Array  # [N, D] what the step led to, before any reset
+    policy: Categorical | DiagGaussian  # [N, A] π_old(· | obs), frozen for all epochs
+    action: jax.Array  # [N] or [N, A] as sampled, not bounded
+    reward: jax.Array  # [N] unscaled
+    terminated: jax.Array  # [N] bool, the episode truly ended
+    done: jax.Array  # [N] bool, terminated or cut by a time limit
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
+    # backwards, since the future is not known yet; its spread sets the scale of the rewards
+    episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
+    episode_length: jax.Array  # [N] its number of steps
+
+
+class Batch(NamedTuple):
+    """What the loss needs of B transitions, with time and environments flattened into one axis."""
+
+    obs: jax.Array  # [B, D] normalised
+    policy: Categorical | DiagGaussian  # [B, A] π_old
+    action: jax.Array  # [B] or [B, A]
+    log_prob: jax.Array  # [B] log π_old(action | obs)
+    advantage: jax.Array  # [B]
+    target: jax.Array  # [B]
+
+
+class State(NamedTuple):
+    """Everything that changes during training."""
+
+    params: dict[str, Any]  # {"actor": ..., "critic": ...}
+    opt_state: optax.OptState
+    beta: jax.Array  # [] weight of the penalty in the next update
+    obs_stats: RunningStats | None  # of the observations, shared by the N environments
+    return_stats: RunningStats | None  # of the discounted return
+    env_state: Any  # of N environments
+    obs: jax.Array  # [N, D] the policy's next input, not normalised
+    discounted_return: jax.Array  # [N]
+    episode_return: jax.Array  # [N]
+    episode_length: jax.Array  # [N]
+    updates_done: jax.Array  # []
+    key: jax.Array  # [] PRNG key
+
+
+# ---- The algorithm -------------------------------------------------------------------------------
+
+
+def make_train(config: Config) -> tuple[Callable, Callable]:
+    """The two pure functions that training consists of.
+
+    Returns:
+        init(key) -> State
+        update(state, _) -> State, metrics: one iteration, in the form that `lax.scan` wants.
+    """
+    env = make_env(config.env_id)
+    actor = env.make_actor(config.hidden_sizes, config.activation)
+    critic = Critic(config.hidden_sizes, config.activation)
+    num_gradient_steps = config.update_epochs * config.num_minibatches  # per update
+
+    def learning_rate(gradient_step):
+        """Adam's step size; it stays the same within an update (detail 4 of Huang et al.)."""
+        if not config.anneal_lr:
+            return config.learning_rate
+        progress = gradient_step // num_gradient_steps / config.num_updates
+        return config.learning_rate * (1.0 - progress)
+
+    # Adam's ε and the clipping of the norm are OpenAI's (details 3 and 11). `flatten` turns a dozen
+    # small arrays into one vector, on which both cost a few operations instead of a few dozen.
+    optimizer = optax.flatten(
+        optax.chain(
+            optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5)
+        )
+    )
+
+    def init(key):
+        key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
+        obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
+        params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
+        state = State(
+            params=params,
+            opt_state=optimizer.init(params),
+            beta=jnp.asarray(config.beta, jnp.float32),
+            obs_stats=init_stats(obs.shape[1:]) if config.normalize_obs else None,
+            return_stats=init_stats(()) if config.normalize_reward else None,
+            env_state=env_state,
+            obs=obs,
+            discounted_return=jnp.zeros(config.num_envs),
+            episode_return=jnp.zeros(config.num_envs),
+            episode_length=jnp.zeros(config.num_envs, jnp.int32),
+            updates_done=jnp.asarray(0),
+            key=key,
+        )
+        # Some environments return weakly typed numbers. Left so, the state would change its type
+        # in the first update, and `update` would be compiled twice.
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
+
+    def env_step(state, keys):
+        """One step of the N environments with the current policy."""
+        action_key, env_keys = keys
+        policy = actor.apply(state.params["actor"], normalize(state.obs, state.obs_stats))
+        action = policy.sample(action_key)
+        obs, env_state, next_obs, reward, terminated, truncated = env.step(
+            env_keys, state.env_state, action
+        )
+        transition = Transition(
+            obs=state.obs,
+            next_obs=next_obs,
+            policy=policy,
+            action=action,
+            reward=reward,
+            terminated=terminated,
+            done=terminated | truncated,
+            discounted_return=config.gamma * state.discounted_return + reward,
+            episode_return=state.episode_return + reward,
+            episode_length=state.episode_length + 1,
+        )
+        # The running sums are read first and reset after: the last step of an episode counts.
+        restart = lambda x: jnp.where(transition.done, 0, x)
+        state = state._replace(
+            env_state=env_state,
+            obs=obs,
+            discounted_return=restart(transition.discounted_return),
+            episode_return=restart(transition.episode_return),
+            episode_length=restart(transition.episode_length),
+        )
+        return state, transition
+
+    def loss(params, beta, batch):
+        """The negative of eq. 8 on a minibatch plus the value loss, and what is worth watching."""
+        policy = actor.apply(params["actor"], batch.obs)
+        value = critic.apply(params["critic"], batch.obs)
+        ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
+        penalty = beta * batch.policy.kl(policy).mean()
+        metrics = {
+            "policy_loss": penalty - surrogate(ratio, normalize_advantage(batch.advantage)),
+            "value_loss": value_loss(value, batch.target),
+            "entropy": policy.entropy().mean(),
+        }
+        return metrics["policy_loss"] + config.vf_coef * metrics["value_loss"], metrics
+
+    def minibatch_step(beta, batch, carry, indices):
+        """One gradient step on the transitions `indices` [M] of the batch."""
+        params, opt_state = carry
+        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        gradient, metrics = jax.grad(loss, has_aux=True)(params, beta, minibatch)
+        step, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, step), opt_state), metrics
+
+    def update(state, _):
+        """One iteration: roll out, estimate advantages, take the epochs, adapt β."""
+        key, action_key, env_key, shuffle_key = jax.random.split(state.key, 4)
+
+        # Roll out. All keys come from two calls, which costs less than splitting in every step.
+        action_keys = jax.random.split(action_key, config.num_steps)  # [T]
+        env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))  # [T, N]
+        state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
+
+        # Estimate advantages. Observations are normalised as they were during the rollout, so that
+        # π_old is the policy that acted; this rollout's enter the statistics of the next iteration.
+        # The reward scale may know the new returns at once: it is one factor for the whole rollout,
+        # and V, which was learned in the old scale, is off by little once the statistics settle.
+        # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
+        flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
+        obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
+        next_obs = normalize(rollout.next_obs, state.obs_stats)
+        value = critic.apply(state.params["critic"], obs)  # [T, N]
+        next_value = critic.apply(state.params["critic"], next_obs)
+        obs_stats, return_stats = state.obs_stats, state.return_stats
+        if config.normalize_obs:
+            obs_stats = update_stats(obs_stats, rollout.obs)
+        if config.normalize_reward:
+            return_stats = update_stats(return_stats, rollout.discounted_return)
+        advantage, target = gae(
+            scale_reward(rollout.reward, return_stats),
+            value,
+            next_value,
+            rollout.terminated,
+            rollout.done,
+            config.gamma,
+            config.gae_lambda,
+        )
+
+        # Take the epochs, as one scan over all their minibatches. Each gathers its transitions by
+        # index, which is cheaper than a shuffled copy of the rollout per epoch.
+        log_prob = rollout.policy.log_prob(rollout.action)
+        batch = Batch(obs, rollout.policy, rollout.action, log_prob, advantage, target)
+        batch = jax.tree.map(flatten, batch)
+        indices = shuffled_indices(
+            shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
+        )
+        (params, opt_state), losses = jax.lax.scan(
+            partial(minibatch_step, state.beta, batch), (state.params, state.opt_state), indices
+        )
+
+        # Adapt β to how far the policy has moved, for the next update.
+        kl = batch.policy.kl(actor.apply(params["actor"], batch.obs)).mean()
+        beta = adapt_beta(state.beta, kl, config.target_kl) if config.adaptive_beta else state.beta
+
+        # Losses are means over all gradient steps, returns over the episodes that ended in this
+        # rollout: NaN where none did.
+        mean_of_ended = lambda x: jnp.mean(x, where=rollout.done)
+        metrics = {
+            "episodic_return": mean_of_ended(rollout.episode_return),
+            "episodic_length": mean_of_ended(rollout.episode_length),
+            **jax.tree.map(jnp.mean, losses),
+            "kl": kl,
+            "beta": state.beta,
+            "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
+            "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
+        }
+        state = state._replace(
+            params=params,
+            opt_state=opt_state,
+            beta=beta,
+            obs_stats=obs_stats,
+            return_stats=return_stats,
+            updates_done=state.updates_done + 1,
+            key=key,
+        )
+        return state, metrics
+
+    return init, update
+
+
+def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
+    """A whole training run, as a pure function: the final state, and each metric as [num_updates].
+
+    `jit(vmap(partial(train, config)))(keys)` trains one agent per key; a float of the
+    configuration may be vmapped as well: `vmap(lambda x: train(replace(config, gamma=x), key))`.
+    """
+    init, update = make_train(config)
+    return jax.lax.scan(update, init(key), None, config.num_updates)
+
+
+def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
+    """Play greedily (the mode of the policy), with the statistics frozen.
+
+    An environment that never ends an episode nor cuts it would be played for ever.
+    Returns the return and the length of each episode, both [num_episodes], unscaled.
+    """
+    env = make_env(config.env_id)
+    actor = env.make_actor(config.hidden_sizes, config.activation)
+    reset_key, step_key = jax.random.split(key)
+    obs, env_state = env.reset(jax.random.split(reset_key, num_episodes))
+
+    def step(carry):
+        key, obs, env_state, playing, episode_return, episode_length = carry
+        key, env_key = jax.random.split(key)
+        policy = actor.apply(state.params["actor"], normalize(obs, state.obs_stats))
+        obs, env_state, _, reward, terminated, truncated = env.step(
+            jax.random.split(env_key, num_episodes), env_state, policy.mode()
+        )
+        episode_return += reward * playing
+        episode_length += playing
+        playing &= ~(terminated | truncated)
+        return key, obs, env_state, playing, episode_return, episode_length
+
+    start = (jnp.ones(num_episodes, bool), jnp.zeros(num_episodes), jnp.zeros(num_episodes, int))
+    start = (step_key, obs, env_state, *start)
+    *_, episode_return, episode_length = jax.lax.while_loop(lambda x: x[3].any(), step, start)
+    return episode_return, episode_length
+
+
+# ---- The host side: nothing above prints, writes or reads the clock -----------------------------
+
+CHECKPOINT_SECONDS = 30  # a kill loses at most this and a segment
+EVALUATION_EPISODES = 100  # per seed
+PATIENCE = dict(heartbeat_timeout_seconds=30, shutdown_timeout_seconds=120)  # with other processes
+
+
+def fail(message: object) -> None:
+    """End with a message and exit code 2, as for every mistake of the user's."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        os._exit(2)  # a normal exit would wait for the other processes, and they for this one
+    sys.exit(2)
+
+
+def load_config(run_dir: str | Path) -> Config:
+    """The configuration of an earlier run; ValueError if that is not possible."""
+    path = Path(run_dir) / "config.json"
+    try:
+        stored = json.loads(path.read_text())
+        script = stored.pop("script")
+        if script != Path(__file__).stem:
+            raise ValueError(f"this is a run of {script}.py")
+        return Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"cannot continue from {path}: {error!r}") from error
+
+
+def parse_command_line() -> Config:
+    """The configuration from flags, over the preset of the environment or the resumed run's."""
+    # A first pass finds only the two flags on which the defaults of the others depend.
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--env-id", "--env_id", nargs="?")
+    finder.add_argument("--resume", nargs="?")
+    found = finder.parse_known_args()[0]
+    try:
+        default = load_config(found.resume) if found.resume else default_config(found.env_id)
+    except ValueError as error:
+        fail(error)
+    default = dataclasses.replace(default, resume=found.resume)
+    config = tyro.cli(Config, default=default)
+    for name, value in vars(config).items():
+        if found.resume and name != "distributed" and value != getattr(default, name):
+            fail(f"{found.resume} was started with {name} = {getattr(default, name)}, not {value}")
+    return config
+
+
+def join_processes() -> None:
+    """With --distributed: become one of several processes, on one machine or on many.
+
+    The same command is started once per process. On a cluster that JAX recognises that is all;
+    elsewhere the three environment variables below say where the first process is, and how many
+    there are, and which this one is.
+    """
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    try:
+        jax.distributed.initialize(
+            num_processes=number("JAX_NUM_PROCESSES"),
+            process_id=number("JAX_PROCESS_ID"),
+            initialization_timeout=60,
+            **PATIENCE,
+        )
+    except (ValueError, TypeError, RuntimeError) as error:
+        fail(
+            f"cannot join the other processes: {error}\n"
+            "Slurm, Open MPI, Kubernetes and TPU are recognised; elsewhere set for each process "
+            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+        )
+
+
+def make_mesh(num_seeds: int) -> Mesh:
+    """All devices of all processes, in one row along the seed axis."""
+    devices = jax.device_count()
+    if num_seeds % devices:
+        fewer = num_seeds // devices * devices
+        would = f"{fewer} or {fewer + devices}" if fewer else devices
+        raise ValueError(
+            f"num_seeds = {num_seeds} does not divide over {devices} devices; {would} would"
+        )
+    return jax.make_mesh((devices,), ("seed",), axis_types=(AxisType.Auto,))
+
+
+def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
+    """`function` of one seed, compiled for all: vmapped on each device, side by side on several.
+
+    `shard_map` gives each device a program of its own over its share of the seeds, in which nothing
+    is exchanged. Left to the compiler, a loop under vmap would ask all devices in each iteration
+    whether it has ended.
+    """
+    axis = PartitionSpec("seed")
+    function = jax.shard_map(
+        jax.vmap(function), mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False
+    )
+    return jax.jit(function, **options)
+
+
+def gather_or_end(run_dir: Path, arrays: Any) -> Any:
+    """Arrays that are spread over the processes, as whole NumPy arrays in each of them.
+
+    NumPy arrays that each process has one of are joined along their first axis.
+    """
+    try:
+        return multihost_utils.process_allgather(arrays, tiled=True)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"\nerror: the processes cannot go on together, perhaps because one was lost ({reason})"
+            f"\nstart all of them again with --resume {run_dir}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # a normal exit would wait for the lost process
+
+
+def interquartile_mean(x, axis=-1):
+    """The mean of the middle half (Agarwal et al. 2021); of fewer than four, the plain mean."""
+    return scipy.stats.trim_mean(x, 0.25, axis=axis)
+
+
+def append_metrics(path: Path, config: Config, first_update: int, metrics: dict) -> None:
+    """Add one row per seed and update; `metrics` are [num_seeds, updates of this segment]."""
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if first_update == 0:
+            writer.writerow(["seed", "update", "env_step", *metrics])
+        for i in range(next(iter(metrics.values())).shape[1]):
+            update = first_update + i + 1
+            for row in range(config.num_seeds):
+                values = (f"{m[row, i]:.7g}" for m in metrics.values())
+                values = ("" if value == "nan" else value for value in values)
+                writer.writerow([config.seed + row, update, update * config.batch_size, *values])
+
+
+def plot_learning_curve(run_dir: Path, config: Config) -> None:
+    """Draw the return of the training episodes over steps from metrics.csv."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [(int(row["env_step"]), row["episodic_return"]) for row in csv.DictReader(file)]
+    steps = np.array([step for step, _ in rows]).reshape(-1, config.num_seeds)[:, 0]
+    returns = np.array([float(value or "nan") for _, value in rows]).reshape(-1, config.num_seeds)
+    known = np.isfinite(returns).any(axis=1)  # updates in which some episode ended
+    steps, returns = steps[known], returns[known]
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, returns, color="tab:blue", alpha=0.2, linewidth=0.8)
+    mean = np.nanmean(returns, axis=1)
+    axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
+    if config.num_seeds > 1:
+        quantile = scipy.stats.t.ppf(0.975, np.isfinite(returns).sum(axis=1) - 1)
+        error = quantile * scipy.stats.sem(returns, axis=1, nan_policy="omit")
+        axes.fill_between(
+            steps, mean - error, mean + error, alpha=0.3, linewidth=0, label="95 % interval"
+        )
+    axes.set(
+        title=f"{Path(__file__).stem} on {config.env_id}",
+        xlabel="environment steps per seed",
+        ylabel="return of training episodes",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(run_dir / "learning_curve.png", dpi=150)
+
+
+def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
+    """Write evaluation.csv and print a table; both arrays [num_seeds, episodes]."""
+    with (run_dir / "evaluation.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["seed", "episode", "episodic_return", "episodic_length"])
+        for (row, episode), value in np.ndenumerate(returns):
+            writer.writerow([config.seed + row, episode, f"{value:.7g}", lengths[row, episode]])
+    print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
+    print("  seed       return ± deviation     length")
+    shown = min(config.num_seeds, 20)
+    for row in range(shown):
+        mean, deviation = returns[row].mean(), returns[row].std()
+        print(f"{config.seed + row:6d} {mean:12.2f} ± {deviation:<9.2f} {lengths[row].mean():9.1f}")
+    if shown < config.num_seeds:
+        print(f"   ... and {config.num_seeds - shown} more in evaluation.csv")
+    scores = returns.mean(axis=1)
+    print(f"\ninterquartile mean over seeds: {interquartile_mean(scores):.2f}", end="")
+    if config.num_seeds > 1:
+        interval = scipy.stats.bootstrap(
+            (scores,), interquartile_mean, method="percentile", rng=0
+        ).confidence_interval
+        print(f"   (95 % bootstrap interval {interval.low:.2f} to {interval.high:.2f})", end="")
+    print()
+
+
+def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager, State, int]:
+    """Create the run's directory, or open the one to resume.
+
+    `state` has shapes only. On resuming it comes back filled, with the number of updates done.
+    """
+    script, first_process = Path(__file__).stem, jax.process_index() == 0
+    now = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))  # of the first process
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
+    name = f"{config.env_id}__{script}__{config.seed}__{stamp}"
+    run_dir = Path(config.resume or Path("runs") / name)
+    # Orbax writes a checkpoint beside the old one and renames it when it is complete.
+    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    try:
+        if first_process and not config.resume:
+            run_dir.mkdir(parents=True)
+            stored = {"script": script, **dataclasses.asdict(config)}
+            del stored["resume"], stored["distributed"]
+            (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+        checkpoints = ocp.CheckpointManager(
+            run_dir.resolve() / "checkpoints",
+            options=options,
+            item_handlers=ocp.StandardCheckpointHandler(),
+        )
+    except OSError as error:
+        fail(f"cannot write to {run_dir}: {error}")
+    if not config.resume:
+        return run_dir, checkpoints, state, 0
+    try:
+        updates_done = checkpoints.latest_step()
+        stored, shape = checkpoints.item_metadata(updates_done), lambda x: x.shape
+        if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
+            raise ValueError("its networks have other sizes")
+        state = checkpoints.restore(updates_done, args=ocp.args.StandardRestore(state))
+        # Rows written after the checkpoint belong to updates that will be done again.
+        metrics_file = run_dir / "metrics.csv"
+        num_rows = 1 + updates_done * config.num_seeds if updates_done else 0
+        rows = metrics_file.read_text().splitlines(keepends=True)[:num_rows] if num_rows else []
+        if len(rows) < num_rows:
+            raise ValueError("metrics.csv is shorter than the checkpoint says")
+    except Exception as error:  # whatever Orbax raises on a damaged file
+        fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
+    multihost_utils.sync_global_devices("all have read metrics.csv")
+    if first_process:
+        try:
+            shorter = metrics_file.with_suffix(".tmp")
+            shorter.write_text("".join(rows))
+            shorter.replace(metrics_file)  # at once, so that a kill leaves one or the other
+        except OSError as error:
+            fail(f"cannot write to {run_dir}: {error}")
+    return run_dir, checkpoints, state, updates_done
+
+
+def check_finite(config: Config, first_update: int, metrics: dict, finite: np.ndarray) -> None:
+    """Raise FloatingPointError if a loss is not finite, or the weights are not.
+
+    `metrics` are [num_seeds, updates]; `finite` [num_seeds] says whether a seed's weights are.
+    """
+    losses = np.isfinite(sum(metrics[name] for name in metrics if name.endswith("_loss")))
+    if not losses.all():
+        update = int(np.argmin(losses.all(axis=0)))
+        seed = config.seed + int(np.argmin(losses[:, update]))
+        raise FloatingPointError(
+            f"the loss of seed {seed} is not finite in update {first_update + update + 1}"
+        )
+    if not finite.all():
+        seed, last_update = config.seed + int(np.argmin(finite)), first_update + losses.shape[1]
+        raise FloatingPointError(
+            f"the weights of seed {seed} are not finite after update {last_update}"
+        )
+
+
+def main() -> None:
+    """Train from the command line, in segments between which files are written."""
+    config = parse_command_line()
+    if config.distributed:
+        join_processes()
+    try:
+        init, update = make_train(config)
+        mesh = make_mesh(config.num_seeds)
+    except ValueError as error:
+        fail(error)
+    # Each process makes the keys of its own devices, as its part of one array.
+    sharding = NamedSharding(mesh, PartitionSpec("seed"))
+    make_keys = lambda: jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
+    keys = jax.jit(make_keys, out_shardings=sharding)()
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(jax.vmap(init), keys),
+    )
+    run_dir, checkpoints, state, updates_done = open_run(config, shapes)
+    save = lambda step, state: checkpoints.save(step, args=ocp.args.StandardSave(state))
+    gather = partial(gather_or_end, run_dir)
+    first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
+    say = print if first_process else lambda *_: None
+    say(
+        f"{Path(__file__).stem} on {config.env_id}: {config.num_seeds} seeds x "
+        f"{config.num_updates} updates x {config.batch_size} steps, on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}\nwriting {run_dir}"
+    )
+
+    # From here on the first Ctrl-C or SIGTERM asks for an end after the current segment.
+    signals = []
+
+    def stop(number, _):
+        signals.append(number)
+        handle(signal.SIG_DFL)  # the second one ends at once
+
+    def handle(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    handle(stop)
+
+    # Segments of equal length, about a hundredth of the run: one program serves them all. Donation
+    # lets the new state take the memory of the old one.
+    longest = max(1, config.num_updates // 100)
+    length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
+
+    def segment(state):
+        state, metrics = jax.lax.scan(update, state, None, length)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
+        return state, metrics, finite
+
+    start = time.perf_counter()
+    run_segment = over_seeds(segment, mesh, donate_argnums=0).lower(shapes).compile()
+    initialize = None if config.resume else over_seeds(init, mesh).lower(keys).compile()
+    say(f"compiled in {time.perf_counter() - start:.1f} s")
+    if not config.resume:
+        state = initialize(keys)
+        save(0, state)
+
+    start = saved = time.perf_counter()
+    resumed_at = updates_done
+    steps_per_update = config.num_seeds * config.batch_size
+    progress = tqdm(
+        total=config.num_updates * steps_per_update,
+        initial=updates_done * steps_per_update,
+        unit="step",
+        unit_scale=True,
+        disable=not first_process,
+    )
+    stopping = False
+    while updates_done < config.num_updates and not stopping:
+        state, metrics, finite = run_segment(state)
+        metrics, finite = gather((metrics, finite))  # waits for the segment
+        # All processes learn whether one was asked to stop, or thinks that it is time to save, so
+        # that all do the same.
+        asked = np.array([[len(signals) > 0, time.perf_counter() - saved > CHECKPOINT_SECONDS]])
+        stopping, saving = gather(asked).any(axis=0)
+        try:
+            check_finite(config, updates_done, metrics, finite)
+        except FloatingPointError as error:
+            progress.close()
+            last_good = f"the last good checkpoint, of update {checkpoints.latest_step()}"
+            if first_process:
+                print(f"error: {error}; {last_good}, is in {run_dir}", file=sys.stderr)
+            sys.exit(1)
+        if first_process:
+            append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
+        updates_done += length
+        progress.update(length * steps_per_update)
+        if np.isfinite(metrics["episodic_return"]).any():
+            progress.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
+        if saving:
+            save(updates_done, state)
+            saved = time.perf_counter()
+    progress.close()
+    seconds, steps = time.perf_counter() - start, (updates_done - resumed_at) * steps_per_update
+    say(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
+    if updates_done > checkpoints.latest_step():
+        save(updates_done, state)
+    if updates_done and first_process:
+        plot_learning_curve(run_dir, config)
+    if gather(np.array([len(signals) > 0])).any():
+        say(f"stopped after update {updates_done} of {config.num_updates}; go on with")
+        say(f"  python {sys.argv[0]} --resume {run_dir}")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+    handle(signal.SIG_DFL)  # all is saved: nothing left to protect
+    play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
+    # Keys of a stream of their own. `split(key, n)[i]` is `fold_in(key, i)`, and no n is so large.
+    play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
+    returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
+    if first_process:
+        report_evaluation(run_dir, config, returns, lengths)
+        print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Several devices, and several processes: on the CPU, over loopback."""
+
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from test_command_line import QUICK, only_run, rows_of, wait_for_update
+
+SEEDS = ["--num-seeds", "4", *QUICK[2:]]
+
+
+def devices(number):
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number}"}
+
+
+COMPARE = """
+import sys; sys.path.insert(0, "tests"); sys.path.insert(0, ".")
+import importlib, re
+from functools import partial
+import conftest, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType
+script = importlib.import_module(sys.argv[1])
+config = script.Config(num_seeds=8, total_timesteps=3 * 64, num_envs=4, num_steps=16,
+                       hidden_sizes=(8, 8))
+four = script.make_mesh(8)
+assert four.size == 4
+one = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+keys = jax.vmap(jax.random.key)(jnp.arange(8))
+run = script.over_seeds(partial(script.train, config), four)
+names = re.findall(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv",
+                   run.lower(keys).compile().as_text())
+assert not names, names
+# One device computes the same, up to rounding: XLA compiles other loops for another number of rows,
+# so that sums are added up in another order (measured: 1e-5 of their size after three updates).
+single = script.over_seeds(partial(script.train, config), one)
+one, four = (jax.device_get(program(keys)) for program in (single, run))
+for x, y in zip(jax.tree.leaves(one[1]), jax.tree.leaves(four[1]), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+np.testing.assert_array_equal(one[0].obs, four[0].obs)
+"""
+
+
+@pytest.mark.parametrize("script", ["ppo_discrete", "trpo"])
+def test_four_devices_do_what_one_does_without_talking(script, environment):
+    # TRPO has a loop whose length differs between seeds.
+    subprocess.run(
+        [sys.executable, "-c", COMPARE, script],
+        cwd=ROOT,
+        env={**environment, **devices(4)},
+        check=True,
+        timeout=300,
+    )
+
+
+def test_seeds_must_divide_over_the_devices(environment, tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "ppo_discrete.py"), "--num-seeds", "6"],
+        cwd=tmp_path,
+        env={**environment, **devices(4)},
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "num_seeds = 6 does not divide over 4 devices; 4 or 8 would" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_distributed_without_an_address_is_explained(environment, tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "ppo_discrete.py"), "--distributed"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "JAX_COORDINATOR_ADDRESS" in result.stderr
+
+
+def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_path):
+    script = tmp_path / "ppo_discrete.py"
+    text = (ROOT / "ppo_discrete.py").read_text()
+    script.write_text(text.replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 1"))
+    long = [*SEEDS, "--total-timesteps", str(64 * 1000)]
+
+    def start(*arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+        return [
+            subprocess.Popen(
+                [sys.executable, str(script), "--distributed", *arguments],
+                cwd=tmp_path,
+                env={**environment, **devices(2), **address, "JAX_PROCESS_ID": str(index)},
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for index in range(2)
+        ]
+
+    def ends(processes):
+        results = [process.communicate(timeout=200) for process in processes]
+        return [process.returncode for process in processes], results
+
+    def first_run():
+        while not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir()):
+            time.sleep(0.02)
+        return only_run(tmp_path)
+
+    # One of them is killed: the other says so and ends.
+    processes = start(*long)
+    run_dir = first_run()
+    wait_for_update(run_dir, 200)
+    processes[1].kill()
+    killed = time.monotonic()
+    codes, results = ends(processes)
+    assert codes[1] == -signal.SIGKILL and time.monotonic() - killed < 60
+    resume = str(run_dir.relative_to(tmp_path))
+    if codes[0] == 1:
+        assert "the processes cannot go on together" in results[0][1]
+        assert f"--resume {resume}" in results[0][1] and "Traceback" not in results[0][1]
+    else:  # it was waiting for the other in the middle of a checkpoint: then JAX itself ends it
+        assert codes[0] == -signal.SIGABRT and "another task died" in results[0][1]
+
+    # Both go on from the checkpoint, until one of them is asked to stop: then both do.
+    before = len(rows_of(run_dir / "metrics.csv"))
+    processes = start("--resume", resume)
+    wait_for_update(run_dir, before // 4 + 200)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, results = ends(processes)
+    assert codes == [128 + signal.SIGTERM] * 2, results
+    assert f"--resume {resume}" in results[0][0] and "stopped after update" not in results[1][0]
+    assert len(rows_of(run_dir / "metrics.csv")) < 4 * 1000
+
+    codes, results = ends(start("--resume", resume))
+    assert codes == [0, 0], results
+
+    # One process with four devices writes the same bits.
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(ROOT / "ppo_discrete.py", alone)
+    subprocess.run(
+        [sys.executable, "ppo_discrete.py", *long],
+        cwd=alone,
+        env={**environment, **devices(4)},
+        check=True,
+        capture_output=True,
+    )
+    for name in ("metrics.csv", "evaluation.csv"):
+        assert (run_dir / name).read_bytes() == (only_run(alone) / name).read_bytes()

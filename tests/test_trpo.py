@@ -1,0 +1,409 @@
+"""TRPO: Fisher-vector products, conjugate gradient, the step and the line search, in float64; then
+the update as a whole."""
+
+from dataclasses import replace
+from functools import partial
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from conftest import ContinuousProbe, Probe, quickly_compiled
+from jax.flatten_util import ravel_pytree
+
+import trpo
+from trpo import Categorical, Config, DiagGaussian, make_train, train
+
+both_distributions = pytest.mark.parametrize("distribution", [Categorical, DiagGaussian])
+both_spaces = pytest.mark.parametrize("env_id", ["ProbeAction-test", "OneState-test"])
+
+# One state, two action dimensions; the reward pulls the mean away from 0.
+gymnax.register(
+    "OneState-test",
+    lambda: ContinuousProbe(lambda cue, action, time: action[0] - 2 * action[1], shape=(2,)),
+)
+gymnax.register("ProbeNothing-test", lambda: Probe(lambda cue, action, time: 0.0))
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def small_policy(distribution, hidden_sizes=(3,), states=40):
+    """A network of at most twenty parameters on random states: policy_at(θ), θ."""
+    obs = jnp.asarray(random((states, 2)))
+    actor = trpo.Actor(2, distribution, hidden_sizes, "tanh")
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), actor.init(jax.random.key(0), obs))
+    theta, unravel = ravel_pytree(params)
+    theta = jnp.asarray(0.5 * random(theta.shape, 1))  # no small last layer, deviations not 1
+    return lambda theta: actor.apply(unravel(theta), obs), theta
+
+
+def dense_fisher(policy_at, theta):
+    """The Hessian of the mean KL, in full."""
+    old = policy_at(theta)
+    return jax.hessian(lambda theta: old.kl(policy_at(theta)).mean())(theta)
+
+
+def policy_gradient(policy_at, theta):
+    """Gradient of the surrogate of random advantages, and the surrogate itself."""
+    old = policy_at(theta)
+    action, advantage = old.sample(jax.random.key(1)), jnp.asarray(random(40, 2))
+
+    def objective(theta):
+        ratio = jnp.exp(policy_at(theta).log_prob(action) - old.log_prob(action))
+        return trpo.surrogate(ratio, advantage)
+
+    return jax.grad(objective)(theta), objective
+
+
+# ---- Surrogate ----
+
+
+def test_the_surrogate_has_the_policy_gradient_at_the_old_policy(float64):
+    logits, advantage = jnp.asarray(random((50, 4))), random(50, 1)
+    action = np.random.default_rng(2).integers(4, size=50)
+    old = Categorical(logits).log_prob(action)
+    gradient = jax.grad(
+        lambda x: trpo.surrogate(jnp.exp(Categorical(x).log_prob(action) - old), advantage)
+    )(logits)
+    expected = (np.eye(4)[action] - jax.nn.softmax(logits)) * advantage[:, None] / 50
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10)
+
+
+# ---- Fisher-vector product ----
+
+
+@both_distributions
+def test_fisher_vector_product_is_the_hessian_of_the_kl(float64, distribution):
+    policy_at, theta = small_policy(distribution)
+    fisher = dense_fisher(policy_at, theta)
+    product = trpo.fisher_vector_product(policy_at, theta)
+    columns = jax.vmap(product)(jnp.eye(len(theta)))
+    np.testing.assert_allclose(columns, fisher, atol=1e-13)
+    np.testing.assert_allclose(columns, columns.T, atol=1e-13)
+    assert np.linalg.eigvalsh(columns).min() > -1e-12
+    u, v = random((2, len(theta)), 3)
+    combined = product(2 * u - 3 * v)
+    np.testing.assert_allclose(combined, 2 * product(u) - 3 * product(v), atol=1e-12)
+
+
+@both_distributions
+def test_fisher_vector_product_is_the_expected_outer_product_of_scores(float64, distribution):
+    policy_at, theta = small_policy(distribution)
+    old = policy_at(theta)
+    if distribution is Categorical:  # the expectation over actions is a sum,
+        nodes = [(jnp.full(40, a), jnp.exp(old.log_prob(jnp.full(40, a)))) for a in range(2)]
+    else:  # or an integral that Gauss-Hermite quadrature solves exactly: the score is a quadratic
+        z, weight = np.polynomial.hermite_e.hermegauss(5)
+        weight = weight / weight.sum()
+        nodes = [
+            (old.mean + jnp.exp(old.log_std) * jnp.asarray([z[i], z[j]]), weight[i] * weight[j])
+            for i in range(5)
+            for j in range(5)
+        ]
+    expected = 0
+    for action, weight in nodes:
+        score = jax.jacobian(lambda theta, action=action: policy_at(theta).log_prob(action))(theta)
+        expected += jnp.einsum("s,si,sj->ij", weight * jnp.ones(40), score, score) / 40
+    product = trpo.fisher_vector_product(policy_at, theta)
+    np.testing.assert_allclose(jax.vmap(product)(jnp.eye(len(theta))), expected, atol=1e-12)
+
+
+def test_the_deviations_have_a_fisher_block_of_their_own(float64):
+    obs = jnp.asarray(random((10, 2)))
+    actor = trpo.Actor(3, DiagGaussian, (4,), "tanh")
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), actor.init(jax.random.key(0), obs))
+    theta, unravel = ravel_pytree(params)
+    product = trpo.fisher_vector_product(lambda theta: actor.apply(unravel(theta), obs), theta)
+    fisher = np.asarray(jax.vmap(product)(jnp.eye(len(theta))))
+    is_std = jax.tree.map(jnp.zeros_like, params)
+    is_std["params"]["log_std"] = jnp.ones(3)
+    is_std = np.asarray(ravel_pytree(is_std)[0], bool)
+    # Summed over the dimensions, not averaged: 2 per dimension.
+    np.testing.assert_allclose(fisher[np.ix_(is_std, is_std)], 2 * np.eye(3), atol=1e-12)
+    np.testing.assert_allclose(fisher[np.ix_(is_std, ~is_std)], 0, atol=1e-12)
+
+
+# ---- Conjugate gradient ----
+
+
+def positive_definite(n, seed=0):
+    a = random((n, n), seed)
+    return jnp.asarray(a @ a.T + np.eye(n))
+
+
+def test_conjugate_gradient_equals_a_dense_solve(float64):
+    matrix, b = positive_definite(12), jnp.asarray(random(12, 1))
+    x, residual = trpo.conjugate_gradient(lambda v: matrix @ v, b, 12)
+    np.testing.assert_allclose(x, scipy.linalg.solve(matrix, b), rtol=1e-7)
+    np.testing.assert_allclose(residual, 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 6])
+def test_conjugate_gradient_agrees_with_jax(float64, iterations):
+    matrix, b = positive_definite(12), jnp.asarray(random(12, 1))
+    x, residual = trpo.conjugate_gradient(lambda v: matrix @ v, b, iterations)
+    expected, _ = jax.scipy.sparse.linalg.cg(lambda v: matrix @ v, b, tol=0, maxiter=iterations)
+    np.testing.assert_allclose(x, expected, rtol=1e-9)
+    np.testing.assert_allclose(residual, b - matrix @ x, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_conjugate_gradient_goes_with_the_scale_of_b(float64, scale):
+    matrix, b = positive_definite(12), jnp.asarray(random(12, 1))
+    x, _ = trpo.conjugate_gradient(lambda v: matrix @ v, scale * b, 5)
+    expected, _ = trpo.conjugate_gradient(lambda v: matrix @ v, b, 5)
+    np.testing.assert_allclose(x, scale * expected, rtol=1e-10)
+
+
+def test_conjugate_gradient_at_the_limits():
+    for dtype in (jnp.float32, jnp.float64):
+        with jax.enable_x64(dtype == jnp.float64):
+            matrix, b = positive_definite(6).astype(dtype), jnp.asarray(random(6, 1), dtype)
+            x, residual = trpo.conjugate_gradient(lambda v, m=matrix: m @ v, 0 * b, 10)
+            np.testing.assert_array_equal(x, 0)
+            np.testing.assert_array_equal(residual, 0)
+            # Iterations past convergence neither divide by zero nor drift.
+            x, _ = trpo.conjugate_gradient(lambda v, m=matrix: m @ v, b, 100)
+            solution = scipy.linalg.solve(matrix, b)
+            np.testing.assert_allclose(x, solution, rtol=1e-3 if dtype == jnp.float32 else 1e-9)
+
+
+# ---- The step ----
+
+
+@both_distributions
+@pytest.mark.parametrize("iterations", [3, 50])
+def test_the_step_fills_the_quadratic_trust_region(float64, distribution, iterations):
+    policy_at, theta = small_policy(distribution)
+    gradient, _ = policy_gradient(policy_at, theta)
+    product = trpo.fisher_vector_product(policy_at, theta)
+    step, residual = trpo.trust_region_step(product, gradient, 0.01, 0.1, iterations)
+    damped = dense_fisher(policy_at, theta) + 0.1 * np.eye(len(theta))
+    np.testing.assert_allclose(0.5 * step @ damped @ step, 0.01, rtol=1e-9)
+    if iterations == 50:
+        natural = scipy.linalg.solve(damped, gradient)
+        expected = np.sqrt(2 * 0.01 / (gradient @ natural)) * natural
+        np.testing.assert_allclose(step, expected, rtol=1e-6, atol=1e-12)
+        assert residual < 1e-9
+    else:
+        assert 1e-3 < residual < 1
+
+
+@both_distributions
+def test_without_damping_the_kl_of_small_steps_is_delta(float64, distribution):
+    policy_at, theta = small_policy(distribution, hidden_sizes=())  # F is well conditioned
+    gradient, _ = policy_gradient(policy_at, theta)
+    product = trpo.fisher_vector_product(policy_at, theta)
+    errors = []
+    for max_kl in (1e-2, 1e-4, 1e-6):
+        step, _ = trpo.trust_region_step(product, gradient, max_kl, 0.0, 60)
+        kl = policy_at(theta).kl(policy_at(theta + step)).mean()
+        errors.append(abs(float(kl / max_kl - 1)))
+    assert errors[0] > errors[1] > errors[2] and errors[2] < 0.02, errors
+
+
+@both_distributions
+def test_the_step_does_not_depend_on_the_scale_of_the_advantages(float64, distribution):
+    policy_at, theta = small_policy(distribution)
+    gradient, _ = policy_gradient(policy_at, theta)
+    product = trpo.fisher_vector_product(policy_at, theta)
+    step = lambda scale: trpo.trust_region_step(product, scale * gradient, 0.01, 0.1, 10)[0]
+    for scale in (1e-6, 1e6):
+        np.testing.assert_allclose(step(scale), step(1.0), rtol=1e-8, atol=1e-14)
+
+
+@both_distributions
+def test_the_new_policy_does_not_depend_on_the_parameterisation(float64, distribution):
+    policy_at, theta = small_policy(distribution)
+    transform = jnp.asarray(np.eye(len(theta)) + 0.3 * random((len(theta), len(theta)), 4))
+    other_at = lambda phi: policy_at(transform @ phi)
+    other = jnp.linalg.solve(transform, theta)
+
+    def new_policy(policy_at, theta):
+        gradient, _ = policy_gradient(policy_at, theta)
+        product = trpo.fisher_vector_product(policy_at, theta)
+        return policy_at(theta + trpo.trust_region_step(product, gradient, 1e-3, 0.0, 200)[0])
+
+    one, two = new_policy(policy_at, theta), new_policy(other_at, other)
+    assert policy_at(theta).kl(one).mean() > 5e-4  # it moved ...
+    np.testing.assert_allclose(one.kl(two).mean(), 0, atol=1e-9)  # ... to the same place
+    # The plain gradient does not have this property.
+    plain = lambda at, theta: at(theta + 0.1 * policy_gradient(at, theta)[0])
+    assert plain(policy_at, theta).kl(plain(other_at, other)).mean() > 1e-7
+
+
+def test_a_useless_model_gives_no_step():
+    g = jnp.asarray(random(5), jnp.float32)
+    for product, gradient in (
+        (lambda v: v, 0 * g),
+        (lambda v: -v, g),
+        (lambda v: jnp.nan * v, g),
+        (lambda v: v, g * jnp.nan),
+        (lambda v: 0 * v, g),
+    ):
+        step, _ = trpo.trust_region_step(product, gradient, 0.01, 0.0, 10)
+        np.testing.assert_array_equal(step, 0)
+
+
+# ---- The line search ----
+
+
+def search(improvement, kl, max_kl=0.01, num_tries=10, ratio=0.8):
+    """A line search from 0 with step 1: both measures are functions of the step's length."""
+    measure = lambda theta: (jnp.asarray(improvement(theta[0])), jnp.asarray(kl(theta[0])))
+    return trpo.line_search(measure, jnp.zeros(1), jnp.ones(1), max_kl, num_tries, ratio)
+
+
+def test_the_first_candidate_that_passes_is_taken(float64):
+    # KL x²/40 ≤ 0.01 for x ≤ 0.632: of 1, 0.8, 0.64, 0.512 the fourth.
+    result = search(lambda x: x, lambda x: x**2 / 40)
+    assert result.accepted and result.tries == 4
+    np.testing.assert_allclose(result.theta, 0.512, rtol=1e-12)
+    np.testing.assert_allclose(result.kl, 0.512**2 / 40, rtol=1e-12)
+    np.testing.assert_allclose(result.improvement, 0.512, rtol=1e-12)
+    # The surrogate x (0.7 - x) has grown for x < 0.7: the third.
+    result = search(lambda x: x * (0.7 - x), lambda x: 0 * x)
+    assert result.accepted and result.tries == 3
+    # The full step, at the very edge of the region.
+    result = search(lambda x: x, lambda x: 0.01 * x)
+    assert result.accepted and result.tries == 1 and result.theta == 1
+
+
+@pytest.mark.parametrize(
+    "improvement, kl",
+    [
+        (lambda x: x, lambda x: 0 * x + 0.0101),  # never inside the region
+        (lambda x: -x, lambda x: 0 * x),  # never better
+        (lambda x: 0 * x, lambda x: 0 * x),  # no better
+        (lambda x: x * jnp.nan, lambda x: 0 * x),
+        (lambda x: x, lambda x: x * jnp.nan),
+        (lambda x: x * jnp.inf, lambda x: 0 * x),
+    ],
+)
+def test_a_rejected_step_leaves_the_bits(improvement, kl):
+    theta = jnp.asarray(random(7), jnp.float32)
+    measure = lambda theta: (improvement(theta[0] ** 2), kl(theta[0] ** 2))
+    result = trpo.line_search(measure, theta, jnp.asarray(random(7, 1)), 0.01, 10, 0.8)
+    assert not result.accepted and result.tries == 10
+    np.testing.assert_array_equal(result.theta, theta)
+    assert result.improvement == 0 and result.kl == 0
+
+
+def test_a_step_that_is_not_finite_is_rejected():
+    measure = lambda theta: (jnp.asarray(1.0), jnp.asarray(0.0))
+    result = trpo.line_search(measure, jnp.zeros(2), jnp.array([1.0, jnp.inf]), 0.01, 10, 0.8)
+    assert not result.accepted
+    np.testing.assert_array_equal(result.theta, 0)
+
+
+# ---- The update ----
+
+SMALL = Config(num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16, hidden_sizes=(8, 8))
+
+
+@both_spaces
+def test_the_kl_is_that_of_old_to_new_and_within_delta(keys, env_id):
+    # A trust region so large that the directions differ by much.
+    config = replace(SMALL, env_id=env_id, max_kl=0.5, cg_damping=1e-3, num_steps=48)
+    init, update = make_train(config)
+    state = jax.jit(init)(keys(1)[0])
+    # A first policy that depends on the observation: it is measured with the statistics under which
+    # it acted, before they learn of the rollout, in which the observation is always [1, 0].
+    actor = jax.tree.map(lambda x: 3 * x, state.params["actor"])
+    state = state._replace(params={"actor": actor, "critic": state.params["critic"]})
+    new_state, metrics = jax.jit(update)(state, None)
+    network = trpo.make_env(env_id).make_actor(config.hidden_sizes, config.activation)
+    old, new = (network.apply(s.params["actor"], jnp.array([1.0, 0.0])) for s in (state, new_state))
+    np.testing.assert_allclose(metrics["entropy"], old.entropy(), rtol=1e-5)
+    if env_id == "ProbeAction-test":
+        p, q = jax.nn.softmax(old.logits), jax.nn.softmax(new.logits)
+        forward, backward = (p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()
+    else:
+        s, t = np.exp(old.log_std), np.exp(new.log_std)
+        shift = (old.mean - new.mean) ** 2
+        forward = (np.log(t / s) + (s**2 + shift) / (2 * t**2) - 0.5).sum()
+        backward = (np.log(s / t) + (t**2 + shift) / (2 * s**2) - 0.5).sum()
+    assert metrics["step_accepted"] == 1 and abs(forward - backward) > 0.01
+    np.testing.assert_allclose(metrics["kl"], forward, rtol=1e-3)
+    assert 0.1 < metrics["kl"] <= 0.5 and metrics["surrogate_improvement"] > 0
+
+
+def test_zero_advantages_leave_the_policy(keys):
+    # No reward, and a critic that expects none.
+    config = replace(SMALL, env_id="ProbeNothing-test")
+    init, update = make_train(config)
+    state = jax.jit(init)(keys(1)[0])
+    zero = jax.tree.map(jnp.zeros_like, state.params["critic"])
+    state = state._replace(params={"actor": state.params["actor"], "critic": zero})
+    new_state, metrics = jax.jit(update)(state, None)
+    same = jax.tree.map(np.array_equal, state.params["actor"], new_state.params["actor"])
+    assert all(jax.tree.leaves(same))
+    assert metrics["step_accepted"] == 0 and metrics["kl"] == 0
+    assert metrics["line_search_steps"] == config.line_search_tries
+    assert np.isfinite(metrics["cg_residual"])
+
+
+def test_the_critic_does_not_move_the_policy(keys):
+    after = [
+        jax.jit(make_train(config)[1])(jax.jit(make_train(config)[0])(keys(1)[0]), None)[0]
+        for config in (SMALL, replace(SMALL, learning_rate=0.1, update_epochs=3))
+    ]
+    actors = [jax.tree.leaves(state.params["actor"]) for state in after]
+    assert all(map(np.array_equal, *actors))
+    assert not np.array_equal(*(jax.tree.leaves(state.params["critic"])[0] for state in after))
+
+
+def test_a_rejected_step_does_not_touch_the_neighbours(keys):
+    init, update = make_train(SMALL)
+    state = jax.jit(jax.vmap(init))(keys(3))
+    # The second seed's critic is broken: no gradient of its policy is finite.
+    critic = jax.tree.map(lambda x: x.at[1].set(jnp.nan), state.params["critic"])
+    broken = state._replace(params={"actor": state.params["actor"], "critic": critic})
+    run = jax.jit(jax.vmap(lambda state: update(state, None)))
+    (after, metrics), (after_broken, metrics_broken) = run(state), run(broken)
+    np.testing.assert_array_equal(metrics["step_accepted"], 1)
+    np.testing.assert_array_equal(metrics_broken["step_accepted"], [1, 0, 1])
+    for x, y, before in zip(
+        *(jax.tree.leaves(s.params["actor"]) for s in (after, after_broken, state)), strict=True
+    ):
+        np.testing.assert_array_equal(x[::2], y[::2])
+        np.testing.assert_array_equal(y[1], before[1])
+    for x, y in zip(
+        *(jax.tree.leaves(s.params["critic"]) for s in (after, after_broken)), strict=True
+    ):
+        np.testing.assert_array_equal(x[::2], y[::2])
+
+
+def test_the_kl_never_exceeds_delta(keys):
+    config = replace(SMALL, total_timesteps=64 * 30, max_kl=0.02)
+    _, metrics = jax.jit(jax.vmap(partial(train, config)))(keys(3))
+    assert (metrics["kl"] <= 0.02).all()
+    accepted = metrics["step_accepted"] == 1
+    assert accepted.mean() > 0.5
+    assert (metrics["surrogate_improvement"][accepted] > 0).all()
+    assert (metrics["kl"][~accepted] == 0).all()
+
+
+@pytest.mark.parametrize("env_id", ["FourRooms-misc", "Swimmer-misc"])
+def test_other_environments_train(env_id, keys):
+    state, metrics = quickly_compiled(partial(train, replace(SMALL, env_id=env_id)), keys(1)[0])
+    assert np.isfinite(metrics["value_loss"]).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_kl": 0.0}, {"cg_damping": -0.1}, {"line_search_ratio": 1.5}, {"num_envs": 0}]
+)
+def test_wrong_values_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Config(**wrong)
