@@ -1,128 +1,412 @@
-"""Train script × environment with the documented command and write the README's table.
+"""Train script × environment with the documented command; write the README's tables and figures.
 
-    python benchmarks/learning.py              # every cell of CELLS that has no result yet
-    python benchmarks/learning.py --only CartPole
-    python benchmarks/learning.py --table      # train nothing, only write the table
+    python benchmarks/learning.py                     # every cell that has no result yet
+    python benchmarks/learning.py --only CartPole     # of these, those whose name contains this
+    python benchmarks/learning.py --ablations         # the ablation study, likewise
+    python benchmarks/learning.py --tables            # train nothing, write tables and figures
+    python benchmarks/learning.py --quick             # repeat four cells and compare, 5 minutes
 
 A cell is one run of `python SCRIPT.py --env-id ... --total-timesteps ... --num-seeds ...`, no other
 flag. Its result is a CSV file in benchmarks/results/: one row per seed with the mean return of the
-greedy evaluation, below a line that says when and with what it was made. Delete a file to have it
-made again.
+greedy evaluation, below a line that says when and with what it was made; beside it the learning
+curve, thinned out. Delete a file to have it made again.
+
+An ablation changes one thing: a value of the configuration, or one of the script's public
+functions, which is replaced in the loaded module. The scripts need no flag for it.
 """
 
 import argparse
 import csv
+import functools
+import importlib
 import platform
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy.stats
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))
 
-# (script, environment, steps per seed, seeds, best published figure)
-CELLS = [
-    ("ppo_discrete", "CartPole-v1", 50_000, 10, "500 (100k, rl-zoo)"),
-    ("ppo_discrete", "CartPole-v1", 100_000, 10, "500 (100k, rl-zoo)"),
-    ("ppo_discrete", "Acrobot-v1", 100_000, 10, "-83.1 (100k, TRPO, rl-zoo)"),
-    ("ppo_discrete", "Acrobot-v1", 500_000, 10, "-73.5 (1M, rl-zoo)"),
-    ("ppo_discrete", "MountainCar-v0", 1_000_000, 10, "-107.3 (100k, TRPO, rl-zoo)"),
-    ("ppo_discrete", "Catch-bsuite", 100_000, 10, "1.0"),
-    ("ppo_discrete", "FourRooms-misc", 100_000, 10, "1.0"),
-    ("ppo_discrete", "DeepSea-bsuite", 200_000, 10, "0"),
-    ("ppo_discrete", "FrozenLake-misc", 300_000, 10, "-"),
-    ("ppo_continuous", "Pendulum-v1", 100_000, 10, "-172 (100k, rl-zoo, gSDE)"),
-    ("ppo_continuous", "Pendulum-v1", 300_000, 10, "-175 (300k, SLM)"),
-    ("ppo_continuous", "Pendulum-v1", 1_000_000, 10, "-172 (100k, rl-zoo, gSDE)"),
-    ("ppo_continuous", "MountainCarContinuous-v0", 100_000, 10, "92.5 (50k, TRPO, gSDE)"),
-    ("ppo_continuous", "MountainCarContinuous-v0", 1_000_000, 10, "92.5 (50k, TRPO, gSDE)"),
-    ("ppo_continuous", "Reacher-misc", 1_000_000, 10, "-"),
-    ("ppo_continuous", "PointRobot-misc", 1_000_000, 10, "-"),
-    ("ppo_continuous", "Swimmer-misc", 1_000_000, 10, "-"),
-    ("ppo_discrete", "Breakout-MinAtar", 10_000_000, 3, "50.1 (10M, gymnax-blines)"),
-    ("ppo_discrete", "SpaceInvaders-MinAtar", 10_000_000, 3, "170 (10M, PureJaxRL)"),
+CLIP, PENALTY, TRPO = "clip", "ppo_penalty", "trpo"  # the columns of the table
+LABELS = {CLIP: "PPO, clip", PENALTY: "PPO, KL penalty", TRPO: "TRPO"}
+COLORS = {CLIP: "tab:blue", PENALTY: "tab:orange", TRPO: "tab:green"}
+CONTINUOUS = ("Pendulum", "MountainCarContinuous", "Reacher", "PointRobot", "Swimmer")
+ROWS = [  # environment, steps per seed, seeds, best published figure
+    ("CartPole-v1", 50_000, 10, "500 (100k, PPO and TRPO, rl-zoo)"),
+    ("CartPole-v1", 100_000, 10, "500 (100k, PPO and TRPO, rl-zoo)"),
+    ("Acrobot-v1", 100_000, 10, "-83.1 (100k, TRPO, rl-zoo)"),
+    ("Acrobot-v1", 500_000, 10, "-73.5 (1M, PPO, rl-zoo)"),
+    ("MountainCar-v0", 1_000_000, 10, "-107.3 (100k, TRPO, rl-zoo)"),
+    ("Pendulum-v1", 100_000, 10, "-172 (100k, PPO with gSDE, rl-zoo)"),
+    ("Pendulum-v1", 300_000, 10, "-175 (300k, PPO, SLM)"),
+    ("Pendulum-v1", 1_000_000, 10, "-172 (100k, PPO with gSDE, rl-zoo)"),
+    ("MountainCarContinuous-v0", 100_000, 10, "92.5 (50k, TRPO with gSDE, rl-zoo)"),
+    ("MountainCarContinuous-v0", 1_000_000, 10, "92.5 (50k, TRPO with gSDE, rl-zoo)"),
+    ("Catch-bsuite", 100_000, 10, "1.0"),
+    ("FourRooms-misc", 100_000, 10, "1.0"),
+    ("DeepSea-bsuite", 200_000, 10, "0"),
+    ("FrozenLake-misc", 300_000, 10, "-"),
+    ("Reacher-misc", 1_000_000, 10, "-"),
+    ("PointRobot-misc", 1_000_000, 10, "-"),
+    ("Swimmer-misc", 1_000_000, 10, "-"),
+]
+MINATAR = [  # the clipped objective only, which has a preset for them
+    ("Breakout-MinAtar", 10_000_000, 3, "50.1 (10M, PPO, gymnax-blines)"),
+    ("SpaceInvaders-MinAtar", 10_000_000, 3, "170 (10M, PPO, PureJaxRL)"),
+]
+CURVES = [  # panels of the figure
+    ("CartPole-v1", 100_000),
+    ("Acrobot-v1", 500_000),
+    ("MountainCar-v0", 1_000_000),
+    ("Pendulum-v1", 1_000_000),
+    ("MountainCarContinuous-v0", 1_000_000),
+    ("Reacher-misc", 1_000_000),
+]
+QUICK = [
+    ("CartPole-v1", 50_000, CLIP),
+    ("CartPole-v1", 100_000, PENALTY),
+    ("CartPole-v1", 100_000, TRPO),
+    ("Pendulum-v1", 100_000, CLIP),
 ]
 
 
-def interquartile_mean(x, axis=-1):
-    return scipy.stats.trim_mean(x, 0.25, axis=axis)
+def script_of(column, env_id):
+    """The script behind a column of the table."""
+    if column != CLIP:
+        return column
+    return "ppo_continuous" if env_id.startswith(CONTINUOUS) else "ppo_discrete"
 
 
-def result_path(script, env_id, steps):
-    return RESULTS / f"{script}__{env_id}__{steps}.csv"
+def cells():
+    """(script, environment, steps, seeds) of the whole table."""
+    for column in (CLIP, PENALTY, TRPO):
+        for env_id, steps, num_seeds, _ in ROWS + (MINATAR if column == CLIP else []):
+            yield script_of(column, env_id), env_id, steps, num_seeds
 
 
-def run_cell(script, env_id, steps, num_seeds):
-    """Train in an empty folder, keep the mean return of each seed."""
-    flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--num-seeds", str(num_seeds)]
-    print(f"\npython {script}.py {' '.join(flags)}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=folder, check=True)
-        seconds = time.perf_counter() - start
-        (evaluation,) = Path(folder).glob("runs/*/evaluation.csv")
-        with evaluation.open(newline="") as file:
-            rows = [(int(r["seed"]), float(r["episodic_return"])) for r in csv.DictReader(file)]
+# ---- Results on disk ----
+
+
+def result_path(script, env_id, steps, folder=RESULTS):
+    return folder / f"{script}__{env_id}__{steps}.csv"
+
+
+def write_scores(path, scores, seconds, episodes):
+    """One row per seed, below a line that says how they were made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "gymnax"))
-    RESULTS.mkdir(exist_ok=True)
-    with result_path(script, env_id, steps).open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         file.write(
             f"# {time.strftime('%Y-%m-%d')}, {seconds:.0f} s on the CPU ({platform.machine()}), "
             f"Python {platform.python_version()}, {versions}\n"
         )
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "episodes", "mean_episodic_return"])
-        for seed in sorted({seed for seed, _ in rows}):
-            returns = [value for other, value in rows if other == seed]
-            writer.writerow([seed, len(returns), f"{np.mean(returns):.6g}"])
+        for seed, score in enumerate(scores):
+            writer.writerow([seed, episodes, f"{score:.6g}"])
 
 
-def table():
-    """The Markdown table of all results that exist."""
-    lines = [
-        "| script | environment | steps | seeds | IQM | 95 % interval | worst seed | published |"
-    ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for script, env_id, steps, _, published in CELLS:
-        path = result_path(script, env_id, steps)
-        if not path.exists():
-            continue
-        with path.open(newline="") as file:
-            file.readline()
-            scores = np.array([float(r["mean_episodic_return"]) for r in csv.DictReader(file)])
-        interval = scipy.stats.bootstrap(
-            (scores,), interquartile_mean, method="percentile", rng=0
-        ).confidence_interval
-        budget = f"{steps // 1_000_000}M" if steps % 1_000_000 == 0 else f"{steps // 1000}k"
-        lines.append(
-            f"| `{script}` | {env_id} | {budget} | {len(scores)} "
-            f"| **{interquartile_mean(scores):.2f}** | {interval.low:.2f} to {interval.high:.2f} "
-            f"| {scores.min():.2f} | {published} |"
-        )
+def read_scores(path):
+    """Mean return of each seed, [seeds]."""
+    with path.open(newline="") as file:
+        file.readline()
+        return np.array([float(r["mean_episodic_return"]) for r in csv.DictReader(file)])
+
+
+def interquartile_mean(x, axis=-1):
+    return scipy.stats.trim_mean(x, 0.25, axis=axis)
+
+
+def interval(scores):
+    """95 % bootstrap interval of the interquartile mean over seeds."""
+    result = scipy.stats.bootstrap((scores,), interquartile_mean, method="percentile", rng=0)
+    return result.confidence_interval
+
+
+# ---- The table of results ----
+
+
+def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
+    """Run the documented command in an empty folder; keep each seed's score and the curve."""
+    flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--num-seeds", str(num_seeds)]
+    print(f"\npython {script}.py {' '.join(flags)}", flush=True)
+    with tempfile.TemporaryDirectory() as empty:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=empty, check=True)
+        seconds = time.perf_counter() - start
+        (run_dir,) = Path(empty).glob("runs/*")
+        with (run_dir / "evaluation.csv").open(newline="") as file:
+            rows = [(int(r["seed"]), float(r["episodic_return"])) for r in csv.DictReader(file)]
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            curve = [(int(r["env_step"]), r["episodic_return"]) for r in csv.DictReader(file)]
+    scores = [np.mean([value for other, value in rows if other == s]) for s in range(num_seeds)]
+    path = result_path(script, env_id, steps, folder)
+    write_scores(path, scores, seconds, len(rows) // num_seeds)
+
+    # The curve: the mean of each hundredth of the run, one column per seed.
+    env_steps = np.array([step for step, _ in curve]).reshape(-1, num_seeds)[:, 0]
+    returns = np.array([float(value or "nan") for _, value in curve]).reshape(-1, num_seeds)
+    with path.with_suffix(".curve.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["env_step", *range(num_seeds)])
+        for part in np.array_split(np.arange(len(env_steps)), min(100, len(env_steps))):
+            known = np.isfinite(returns[part])
+            total = np.where(known, returns[part], 0).sum(axis=0)
+            means = total / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+            values = ("" if np.isnan(mean) else f"{mean:.5g}" for mean in means)
+            writer.writerow([env_steps[part[-1]], *values])
+
+
+def budget(steps):
+    return f"{steps // 1_000_000}M" if steps % 1_000_000 == 0 else f"{steps // 1000}k"
+
+
+def cell_text(path):
+    if not path.exists():
+        return ""
+    scores = read_scores(path)
+    low, high = interval(scores)
+    few = "" if len(scores) == 10 else f", {len(scores)} seeds"
+    return (
+        f"**{interquartile_mean(scores):.2f}** "
+        f"({low:.2f} to {high:.2f}; worst {scores.min():.2f}{few})"
+    )
+
+
+def results_table():
+    """One row per environment and budget, one column per algorithm."""
+    lines = ["| environment | steps | PPO, clip | PPO, KL penalty | TRPO | best published |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for env_id, steps, _, published in ROWS + MINATAR:
+        texts = [
+            cell_text(result_path(script_of(column, env_id), env_id, steps))
+            for column in (CLIP, PENALTY, TRPO)
+        ]
+        if any(texts):
+            lines.append(f"| {env_id} | {budget(steps)} | {' | '.join(texts)} | {published} |")
     return "\n".join(lines)
+
+
+def curves_figure():
+    """One panel per environment: interquartile mean over seeds and its middle half."""
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    for axes, (env_id, steps) in zip(panels, CURVES, strict=True):
+        for column, label in LABELS.items():
+            path = result_path(script_of(column, env_id), env_id, steps)
+            path = path.with_suffix(".curve.csv")
+            if not path.exists():
+                continue
+            data = np.genfromtxt(path, delimiter=",", skip_header=1)
+            env_steps, returns = data[:, 0], data[:, 1:]
+            known = np.isfinite(returns).all(axis=1)
+            env_steps, returns = env_steps[known], returns[known]
+            thousands, color = env_steps / 1000, COLORS[column]
+            axes.plot(thousands, interquartile_mean(returns, axis=1), label=label, color=color)
+            low, high = np.quantile(returns, [0.25, 0.75], axis=1)
+            axes.fill_between(thousands, low, high, alpha=0.2, color=color, linewidth=0)
+        axes.set(title=env_id, xlabel="thousand steps per seed", ylabel="return in training")
+        axes.grid(alpha=0.3)
+    panels[0].legend(loc="lower right")
+    figure.savefig(RESULTS / "learning_curves.png", dpi=110)
+
+
+def repeat_quickly():
+    """Run some cells again; True if each result lies in the interval of the stored one."""
+    good = True
+    with tempfile.TemporaryDirectory() as folder:
+        for env_id, steps, column in QUICK:
+            script = script_of(column, env_id)
+            run_cell(script, env_id, steps, 10, Path(folder))
+            score = interquartile_mean(
+                read_scores(result_path(script, env_id, steps, Path(folder)))
+            )
+            low, high = interval(read_scores(result_path(script, env_id, steps)))
+            inside = low - 0.005 <= score <= high + 0.005
+            good &= inside
+            print(
+                f"{script} on {env_id}: {score:.2f}, stored interval {low:.2f} to {high:.2f}"
+                f"{'' if inside else '   <- OUTSIDE'}"
+            )
+    return good
+
+
+# ---- The ablation study ----
+
+ABLATION_ENVS = [  # environment, steps
+    ("CartPole-v1", 100_000),
+    ("Acrobot-v1", 300_000),
+    ("Pendulum-v1", 300_000),
+    ("MountainCarContinuous-v0", 100_000),
+]
+
+
+def only_clipped(ratio, advantage, clip_eps):
+    return jnp.mean(jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
+
+
+def unclipped(ratio, advantage, clip_eps):
+    return jnp.mean(ratio * advantage)
+
+
+def accept_always(measure, theta, step, max_kl, num_tries, ratio):
+    import trpo
+
+    improvement, kl = measure(theta + step)
+    return trpo.LineSearch(theta + step, jnp.asarray(True), jnp.asarray(1), improvement, kl)
+
+
+def terminate_at_time_limits(script):
+    gae = script.gae
+    return lambda reward, value, next_value, terminated, done, *rest: gae(
+        reward, value, next_value, done, done, *rest
+    )
+
+
+# name: (column, values of the configuration, {public function: what replaces it})
+ABLATIONS = {
+    "clip: default (ε = 0.2)": (CLIP, {}, {}),
+    "ε = 0.1": (CLIP, {"clip_eps": 0.1}, {}),
+    "ε = 0.3": (CLIP, {"clip_eps": 0.3}, {}),
+    "ε = 0.5": (CLIP, {"clip_eps": 0.5}, {}),
+    "1 epoch": (CLIP, {"update_epochs": 1}, {}),
+    "4 epochs": (CLIP, {"update_epochs": 4}, {}),
+    "10 epochs": (CLIP, {"update_epochs": 10}, {}),
+    "30 epochs": (CLIP, {"update_epochs": 30}, {}),
+    "no advantage normalisation": (CLIP, {}, {"normalize_advantage": lambda _: lambda a: a}),
+    "no minimum, only the clipped term": (CLIP, {}, {"clipped_surrogate": lambda _: only_clipped}),
+    "no clip": (CLIP, {}, {"clipped_surrogate": lambda _: unclipped}),
+    "time limits as terminations": (CLIP, {}, {"gae": terminate_at_time_limits}),
+    "value clipping": (CLIP, {"clip_vloss": True}, {}),
+    "penalty: default (adaptive β)": (PENALTY, {}, {}),
+    "fixed β = 0.3": (PENALTY, {"adaptive_beta": False, "beta": 0.3}, {}),
+    "fixed β = 3": (PENALTY, {"adaptive_beta": False, "beta": 3.0}, {}),
+    "TRPO: default": (TRPO, {}, {}),
+    "TRPO without line search": (TRPO, {}, {"line_search": lambda _: accept_always}),
+}
+
+
+def ablation_path(name, env_id):
+    words = "".join(c if c.isalnum() or c == "." else "_" for c in name)
+    return RESULTS / "ablations" / f"{words}__{env_id}.csv"
+
+
+def run_ablation(name, env_id, steps, num_seeds=10):
+    """Train in this process, with one thing changed; same seeds and episodes as a cell's."""
+    column, values, functions = ABLATIONS[name]
+    script = importlib.import_module(script_of(column, env_id))
+    originals = {function: getattr(script, function) for function in functions}
+    config = replace(script.default_config(env_id), total_timesteps=steps, **values)
+    keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+
+    def score(key):
+        state, _ = script.train(config, key)
+        play = functools.partial(script.evaluate, num_episodes=script.EVALUATION_EPISODES)
+        return play(config, state, jax.random.fold_in(key, 2**31))[0].mean()
+
+    start = time.perf_counter()
+    try:
+        for function, make in functions.items():
+            setattr(script, function, make(script))
+        scores = np.asarray(jax.jit(jax.vmap(score))(keys))
+    finally:
+        for function, original in originals.items():
+            setattr(script, function, original)
+    seconds = time.perf_counter() - start
+    write_scores(ablation_path(name, env_id), scores, seconds, script.EVALUATION_EPISODES)
+    print(f"{name}, {env_id}: {interquartile_mean(scores):.2f} in {seconds:.0f} s", flush=True)
+
+
+def ablation_scores(name, env_id):
+    path = ablation_path(name, env_id)
+    return read_scores(path) if path.exists() else None
+
+
+def ablation_table():
+    """One row per ablation, one column per environment."""
+    lines = [f"| | {' | '.join(f'{e}, {budget(s)}' for e, s in ABLATION_ENVS)} |"]
+    lines += ["|---" * (len(ABLATION_ENVS) + 1) + "|"]
+    for name in ABLATIONS:
+        texts = []
+        for env_id, _ in ABLATION_ENVS:
+            scores = ablation_scores(name, env_id)
+            if scores is None:
+                texts.append("")
+                continue
+            low, high = interval(scores)
+            texts.append(f"**{interquartile_mean(scores):.1f}** ({low:.1f} to {high:.1f})")
+        lines.append(f"| {name} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def ablation_figure():
+    """One panel per environment, one bar of interval and point per ablation."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(ABLATION_ENVS), sharey=True)
+    for axes, (env_id, steps) in zip(panels, ABLATION_ENVS, strict=True):
+        for row, name in enumerate(ABLATIONS):
+            scores = ablation_scores(name, env_id)
+            if scores is None:
+                continue
+            color = COLORS[ABLATIONS[name][0]]
+            axes.plot(interval(scores), [row, row], color=color, linewidth=4, alpha=0.4)
+            axes.plot(interquartile_mean(scores), row, "o", color=color)
+        axes.set_title(f"{env_id}, {budget(steps)}", fontsize="small")
+        axes.set_xlabel("return")
+        axes.grid(alpha=0.3)
+    panels[0].set_yticks(range(len(ABLATIONS)), list(ABLATIONS))
+    panels[0].invert_yaxis()
+    figure.savefig(RESULTS / "ablations.png", dpi=110)
+
+
+# ---- Command line ----
+
+
+def write_readme():
+    """Put the tables between their markers, and draw the figures."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, table in (("results", results_table()), ("ablations", ablation_table())):
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, rest = text.split(start)
+        text = f"{before}{start}{table}\n{end}{rest.split(end)[1]}"
+    readme.write_text(text)
+    curves_figure()
+    ablation_figure()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--only", default="", help="cells whose script or environment contains this"
-    )
-    parser.add_argument("--table", action="store_true", help="train nothing, only write the table")
+    parser.add_argument("--only", default="", help="what the name of a cell must contain")
+    parser.add_argument("--ablations", action="store_true", help="run the ablation study")
+    parser.add_argument("--tables", action="store_true", help="train nothing")
+    parser.add_argument("--quick", action="store_true", help="repeat four cells and compare")
     arguments = parser.parse_args()
-    for script, env_id, steps, num_seeds, _ in [] if arguments.table else CELLS:
-        wanted = arguments.only in f"{script} {env_id}"
-        if wanted and not result_path(script, env_id, steps).exists():
-            run_cell(script, env_id, steps, num_seeds)
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split("<!-- results -->\n")
-    after = rest.split("<!-- end of results -->\n")[1]
-    readme.write_text(f"{before}<!-- results -->\n{table()}\n<!-- end of results -->\n{after}")
+    if arguments.quick:
+        sys.exit(0 if repeat_quickly() else 1)
+    if arguments.ablations:
+        for env_id, steps in ABLATION_ENVS:
+            for name in ABLATIONS:
+                wanted = arguments.only in f"{name} {env_id}"
+                if wanted and not ablation_path(name, env_id).exists():
+                    run_ablation(name, env_id, steps)
+    elif not arguments.tables:
+        for cell in cells():
+            wanted = arguments.only in " ".join(map(str, cell))
+            if wanted and not result_path(*cell[:3]).exists():
+                run_cell(*cell)
+    write_readme()
 
 
 if __name__ == "__main__":
