@@ -7,7 +7,7 @@ estimates how much better a_t was than V(s_t) promised. The policy gradient E[�
 makes each action more probable in proportion to its advantage.
 
 This is the other half of the PPO paper (Schulman et al. 2017, arXiv:1707.06347, section 4). TRPO
-improves a stochastic policy π by maximising, on data of a slightly older policy π_old, the surrogate
+improves a stochastic policy π by maximising, on data of a slightly older π_old, the surrogate
 
     L(θ) = E[ r Â ],    r = π_θ(a|s) / π_old(a|s)                                          (eq. 6)
 
@@ -16,8 +16,9 @@ becomes a price, and Adam does the rest, in several epochs of minibatches:
 
     L_KLPEN(θ) = E[ r Â - β KL(π_old(·|s) ‖ π_θ(·|s)) ]                                    (eq. 8)
 
-No β suits all tasks. For small steps L is linear with slope g and the KL divergence ½ xᵀF x, where F is
-the Fisher information matrix of π_old. The best step is then x = F⁻¹g / β, and moves the policy by
+No β suits all tasks. For small steps L is linear with slope g and the KL divergence ½ xᵀF x, where
+F is the Fisher information matrix of π_old. The best step is then x = F⁻¹g / β, and moves the
+policy by
 
     d = ½ xᵀF x = gᵀF⁻¹g / 2β²,    so that    β* = √( gᵀF⁻¹g / 2 d_targ )
 
