@@ -1,20 +1,22 @@
 """How fast the scripts are: against bare arithmetic, and by number of seeds.
 
-    python benchmarks/speed.py                               # everything, some ten minutes
-    python benchmarks/speed.py --scripts trpo --rounds 3
-    python benchmarks/speed.py --seeds 1 64 1024 2048        # on a GPU
+    python benchmarks/speed.py                              # everything, half an hour
+    python benchmarks/speed.py --tables bare --scripts trpo --rounds 3
+    python benchmarks/speed.py --tables sizes --seeds 1 64 1024 2048     # on a GPU
 
-First table: how much of the time goes into the network arithmetic that no implementation can avoid.
-For each script and setting two programs with the same networks, optimizer and sizes are compiled
-and then run in turn, in one process: the script's `train` on its default environment, and the bare
-arithmetic: the actor's forward passes step by step, the critic's over the rollout, and what the
-update does with the networks, on random data, without environment, advantages, shuffling or random
-numbers. Printed: steps per second of both, the median of the ratios of neighbouring runs, and the
-time the compiler took (no persistent cache is used unless you set one). If Stable-Baselines3 and
-sb3-contrib are installed, they train with the same hyperparameters, too.
+First table, `bare`: how much of the time goes into the network arithmetic that no implementation
+can avoid. For each script and setting two programs with the same networks, optimizer and sizes are
+compiled and then run in turn, in one process: the script's `train` on its default environment, and
+the bare arithmetic: the actor's forward passes step by step, the critic's over the rollout, and
+what the update does with the networks, on random data, without environment, advantages, shuffling
+or random numbers. Printed: steps per second of both, the median of the ratios of neighbouring runs,
+and the time the compiler took (no persistent cache is used unless you set one). If Stable-
+Baselines3 and sb3-contrib are installed, they train with the same hyperparameters, in the same
+turns.
 
-Second table: `ppo_discrete.py` with more and more seeds of 4 environments x 128 steps: steps per
-second, compile time, and the memory that the compiled program says it needs, per seed.
+Second table, `sizes`: more and more seeds of 4 environments, and one seed with more and more
+environments: steps per second, compile time, and memory per seed. It is drawn, too, as
+benchmarks/results/speed.png.
 """
 
 import argparse
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_penalty", "trpo"]
+SB3_ITERATIONS = 3  # rollouts and updates of Stable-Baselines3 per turn
 SETTINGS = {  # name: (seeds, environments, steps, updates)
     "4 x 128": (1, 4, 128, 400),
     "64 x 128": (1, 64, 128, 100),
@@ -129,35 +132,46 @@ def seconds_of(program, *arguments):
     return time.perf_counter() - start
 
 
-def baseline_program(script, config):
-    """The same training by Stable-Baselines3 or sb3-contrib, or None where they are missing."""
-    package = "sb3_contrib" if script.__name__ == "trpo" else "stable_baselines3"
-    known = script.__name__ in ("ppo_discrete", "ppo_continuous", "trpo")
-    if not known or importlib.util.find_spec(package) is None:
-        return None
-    module = importlib.import_module(package)
-    from stable_baselines3.common.env_util import make_vec_env
+def baseline_run(script, config):
+    """The same training by Stable-Baselines3 or sb3-contrib, or None without such a thing.
 
-    common = dict(
+    Returns a function that trains for SB3_ITERATIONS rollouts. Its vectorised environment is
+    Gymnasium's of the same name; observations and rewards are normalised as the script does.
+    """
+    classes = {"ppo_discrete": "PPO", "ppo_continuous": "PPO", "trpo": "TRPO"}
+    package = "sb3_contrib" if script.__name__ == "trpo" else "stable_baselines3"
+    if script.__name__ not in classes or importlib.util.find_spec(package) is None:
+        return None
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.vec_env import VecNormalize
+
+    env = VecNormalize(make_vec_env(config.env_id, config.num_envs), gamma=config.gamma)
+    options = dict(
         n_steps=config.num_steps,
         batch_size=config.minibatch_size,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-        learning_rate=config.learning_rate,
-        device="cpu",
+        learning_rate=config.learning_rate,  # of the critic in TRPO
+        device="cpu",  # as SB3 advises for small networks
     )
-    env = make_vec_env(config.env_id, config.num_envs)
     if script.__name__ == "trpo":
-        model = module.TRPO(
-            "MlpPolicy",
-            env,
+        options |= dict(
             n_critic_updates=config.update_epochs,
             target_kl=config.max_kl,
-            **common,
+            cg_max_steps=config.cg_iterations,
+            cg_damping=config.cg_damping,
         )
     else:
-        model = module.PPO("MlpPolicy", env, n_epochs=config.update_epochs, **common)
-    return functools.partial(model.learn, 5 * config.batch_size)
+        options |= dict(
+            n_epochs=config.update_epochs,
+            clip_range=config.clip_eps,
+            max_grad_norm=config.max_grad_norm,
+            vf_coef=config.vf_coef,
+            ent_coef=config.ent_coef,
+        )
+    algorithm = getattr(importlib.import_module(package), classes[script.__name__])
+    model = algorithm("MlpPolicy", env, **options)
+    return functools.partial(model.learn, SB3_ITERATIONS * config.batch_size)
 
 
 def against_bare_arithmetic(scripts, rounds):
@@ -173,7 +187,7 @@ def against_bare_arithmetic(scripts, rounds):
             keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
             ours, compile_seconds = compiled(script.train, config, keys)
             bare, _ = compiled(functools.partial(bare_arithmetic, script), config, keys)
-            other = baseline_program(script, config) if num_seeds == 1 else None
+            other = baseline_run(script, config) if num_seeds == 1 else None
             times = {"ours": [], "bare": [], "other": []}
             seconds_of(ours, keys), seconds_of(bare, keys)
             for _ in range(rounds):
@@ -183,61 +197,77 @@ def against_bare_arithmetic(scripts, rounds):
                     times["other"].append(seconds_of(other))
             steps = num_seeds * config.num_updates * config.batch_size
             ratio = np.median(np.divide(times["bare"], times["ours"]))
-            theirs = 5 * config.batch_size / np.median(times["other"]) if other else None
+            theirs = SB3_ITERATIONS * config.batch_size / np.median(times["other"] or [np.inf])
             print(
                 f"| `{script.__name__}` | {name} | {steps / np.median(times['ours']):,.0f} "
                 f"| {steps / np.median(times['bare']):,.0f} | {ratio:.2f} "
-                f"| {compile_seconds:.1f} s | {f'{theirs:,.0f}' if other else 'not installed'} |",
+                f"| {compile_seconds:.1f} s | {f'{theirs:,.0f}' if other else '-'} |",
                 flush=True,
             )
 
 
-def by_number_of_seeds(numbers, rounds):
-    script = importlib.import_module("ppo_discrete")
-    config = script.Config(num_envs=4, num_steps=128, total_timesteps=10 * 512)
-    print("| seeds | steps/s | compile | memory per seed |\n|---|---|---|---|")
-    speeds = []
-    for number in numbers:
-        keys = jax.vmap(jax.random.key)(jnp.arange(number))
-        program, compile_seconds = compiled(script.train, config, keys)
-        seconds_of(program, keys)
-        seconds = np.median([seconds_of(program, keys) for _ in range(rounds)])
-        memory = program.memory_analysis()
-        total = memory.temp_size_in_bytes + memory.output_size_in_bytes
-        speeds.append(number * config.num_updates * config.batch_size / seconds)
-        print(
-            f"| {number} | {speeds[-1]:,.0f} | {compile_seconds:.1f} s "
-            f"| {total / number / 2**20:.2f} MiB |",
-            flush=True,
-        )
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.loglog(numbers, speeds, "o-")
-    axes.set(
-        title=f"ppo_discrete.py, CartPole-v1, 4 x 128, {jax.devices()[0].device_kind}",
-        xlabel="seeds at once",
-        ylabel="environment steps per second",
+def by_number(scripts, seeds, environments, rounds):
+    """Table and figure of steps/s, compile time and memory against what runs side by side."""
+    sizes = [(number, 4) for number in seeds] + [(1, number) for number in environments]
+    print("Steps per second (compile time; memory per seed that the compiled program asks for)\n")
+    print("| seeds x environments |", " | ".join(f"`{script}`" for script in scripts), "|")
+    print("|---" * (len(scripts) + 1) + "|")
+    speeds = {script: [] for script in scripts}
+    for num_seeds, num_envs in sizes:
+        cells = []
+        for name in scripts:
+            script = importlib.import_module(name)
+            num_updates = max(2, 256 // (num_seeds * num_envs))
+            config = script.Config(
+                num_envs=num_envs, num_steps=128, total_timesteps=num_updates * num_envs * 128
+            )
+            keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+            program, compile_seconds = compiled(script.train, config, keys)
+            seconds_of(program, keys)
+            seconds = np.median([seconds_of(program, keys) for _ in range(rounds)])
+            memory = program.memory_analysis()
+            mebibytes = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
+            speeds[name].append(num_seeds * config.total_timesteps / seconds)
+            cells.append(
+                f"{speeds[name][-1]:,.0f} ({compile_seconds:.1f} s; "
+                f"{mebibytes / num_seeds:.2f} MiB)"
+            )
+        print(f"| {num_seeds} x {num_envs} | {' | '.join(cells)} |", flush=True)
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for name in scripts:
+        default = importlib.import_module(name).Config().env_id
+        panels[0].loglog(seeds, speeds[name][: len(seeds)], "o-", label=f"{name}, {default}")
+        panels[1].loglog(environments, speeds[name][len(seeds) :], "o-")
+    panels[0].set(
+        xlabel="seeds at once, each with 4 environments", ylabel="environment steps per second"
     )
-    axes.grid(alpha=0.3)
+    panels[1].set(xlabel="environments of a single seed")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    figure.suptitle(f"128 steps per update, {jax.devices()[0].device_kind}")
     figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=110)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scripts", nargs="*", default=SCRIPTS, help="for the first table")
-    parser.add_argument(
-        "--seeds", nargs="*", type=int, default=[1, 8, 64, 512, 2048], help="for the second table"
-    )
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
+    parser.add_argument("--tables", nargs="+", default=["bare", "sizes"], choices=["bare", "sizes"])
+    numbers = dict(nargs="+", type=int, help="of the second table")
+    parser.add_argument("--seeds", default=[1, 8, 64, 512, 2048], **numbers)
+    parser.add_argument("--environments", default=[4, 64, 512, 2048], **numbers)
     parser.add_argument("--rounds", type=int, default=5, help="runs of each program per setting")
     arguments = parser.parse_args()
     device = jax.devices()[0].device_kind
     print(f"{time.strftime('%Y-%m-%d')}, {device}, {os.cpu_count()} cores, {platform.machine()},")
     print(f"Python {platform.python_version()}, jax {jax.__version__}\n")
-    if arguments.scripts:
+    if "bare" in arguments.tables:
         against_bare_arithmetic(arguments.scripts, arguments.rounds)
         print()
-    if arguments.seeds:
-        by_number_of_seeds(arguments.seeds, arguments.rounds)
+    if "sizes" in arguments.tables:
+        by_number(arguments.scripts, arguments.seeds, arguments.environments, arguments.rounds)
 
 
 if __name__ == "__main__":
