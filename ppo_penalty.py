@@ -794,7 +794,6 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
 
 CHECKPOINT_SECONDS = 30  # a kill loses at most this and a segment
 EVALUATION_EPISODES = 100  # per seed
-PATIENCE = dict(heartbeat_timeout_seconds=30, shutdown_timeout_seconds=120)  # with other processes
 
 
 def fail(message: object) -> None:
@@ -850,7 +849,6 @@ def join_processes() -> None:
             num_processes=number("JAX_NUM_PROCESSES"),
             process_id=number("JAX_PROCESS_ID"),
             initialization_timeout=60,
-            **PATIENCE,
         )
     except (ValueError, TypeError, RuntimeError) as error:
         fail(
@@ -886,14 +884,11 @@ def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
     return jax.jit(function, **options)
 
 
-def gather_or_end(run_dir: Path, arrays: Any) -> Any:
-    """Arrays that are spread over the processes, as whole NumPy arrays in each of them.
-
-    NumPy arrays that each process has one of are joined along their first axis.
-    """
+def together(run_dir: Path, function: Callable, *arguments: Any, **options: Any) -> Any:
+    """`function`, in which the processes wait for each other; if one is lost the others end."""
     try:
-        return multihost_utils.process_allgather(arrays, tiled=True)
-    except jax.errors.JaxRuntimeError as error:
+        return function(*arguments, **options)
+    except Exception as error:  # JAX's own, or what Orbax makes of it
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0]
@@ -1070,8 +1065,12 @@ def main() -> None:
         jax.eval_shape(jax.vmap(init), keys),
     )
     run_dir, checkpoints, state, updates_done = open_run(config, shapes)
-    save = lambda step, state: checkpoints.save(step, args=ocp.args.StandardSave(state))
-    gather = partial(gather_or_end, run_dir)
+    save = lambda step, state: together(
+        run_dir, checkpoints.save, step, args=ocp.args.StandardSave(state)
+    )
+    # Arrays that are spread over the processes become whole NumPy arrays in each of them. NumPy
+    # arrays, which each process has one of, are joined along their first axis.
+    gather = partial(together, run_dir, multihost_utils.process_allgather, tiled=True)
     first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
     say = print if first_process else lambda *_: None
     say(
