@@ -146,16 +146,18 @@ class Config:
             )
 
 
-# Families of environments that need other values than the defaults, by the end of their name.
+# What some environments need instead of the defaults, by family (the end of the name) or by name.
 PRESETS: dict[str, dict[str, Any]] = {
-    "MinAtar": dict(num_envs=64, learning_rate=2e-3, ent_coef=0.02, activation="relu")
+    "MinAtar": dict(num_envs=64, learning_rate=2e-3, ent_coef=0.02, activation="relu"),
+    "SpaceInvaders-MinAtar": dict(learning_rate=1e-3, ent_coef=0.01),
 }
 
 
 def default_config(env_id: str | None = None) -> Config:
     """The configuration that the command line starts from: the defaults and the preset."""
     env_id = env_id or Config.env_id
-    return Config(env_id=env_id, **PRESETS.get(env_id.rpartition("-")[2], {}))
+    family = env_id.rpartition("-")[2]
+    return Config(env_id=env_id, **PRESETS.get(family, {}) | PRESETS.get(env_id, {}))
 
 
 # ---- Policy distribution -------------------------------------------------------------------------

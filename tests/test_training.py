@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, quickly_compiled
 
+import ppo_continuous
 import ppo_discrete
+import ppo_penalty
+import trpo
 from ppo_discrete import Config, evaluate, make_train, train
 
 DISCRETE = [
@@ -303,6 +306,14 @@ def test_defaults_and_presets():
     assert ppo_discrete.default_config("CartPole-v1") == Config()
     minatar = ppo_discrete.default_config("Breakout-MinAtar")
     assert minatar.num_envs == 64 and minatar.env_id == "Breakout-MinAtar"
+    # What holds for one environment goes before what holds for its family.
+    invaders = ppo_discrete.default_config("SpaceInvaders-MinAtar")
+    assert invaders == replace(
+        minatar, env_id="SpaceInvaders-MinAtar", learning_rate=1e-3, ent_coef=0.01
+    )
+    for script in (ppo_continuous, ppo_penalty, trpo):
+        assert not script.default_config("Swimmer-misc").normalize_obs
+        assert script.default_config("Reacher-misc").normalize_obs
 
 
 @pytest.mark.parametrize(
