@@ -148,8 +148,8 @@ class Config:
 
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 PRESETS: dict[str, dict[str, Any]] = {
-    "MinAtar": dict(num_envs=64, learning_rate=2e-3, ent_coef=0.02, activation="relu"),
-    "SpaceInvaders-MinAtar": dict(learning_rate=1e-3, ent_coef=0.01),
+    "MinAtar": dict(num_envs=64, learning_rate=1e-3, ent_coef=0.01, activation="relu"),
+    "Breakout-MinAtar": dict(learning_rate=2e-3, ent_coef=0.02),
 }
 
 

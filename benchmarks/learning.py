@@ -64,8 +64,8 @@ ROWS = [  # environment, steps per seed, seeds, best published figure
 MINATAR = [  # the clipped objective only, which has a preset for them
     ("Breakout-MinAtar", 10_000_000, 3, "50.1 (10M, PPO, gymnax-blines)"),
     ("SpaceInvaders-MinAtar", 10_000_000, 3, "170 (10M, PPO, PureJaxRL)"),
-    ("Asterix-MinAtar", 10_000_000, 1, "17.8 (10M, PPO, gymnax-blines)"),
-    ("Freeway-MinAtar", 10_000_000, 1, "61.8 (10M, PPO, gymnax-blines)"),
+    ("Asterix-MinAtar", 10_000_000, 3, "17.8 (10M, PPO, gymnax-blines)"),
+    ("Freeway-MinAtar", 10_000_000, 3, "61.8 (10M, PPO, gymnax-blines)"),
 ]
 CURVES = [  # panels of the figure
     ("CartPole-v1", 100_000),

@@ -304,12 +304,12 @@ def test_defaults_and_presets():
         Config().batch_size
     )
     assert ppo_discrete.default_config("CartPole-v1") == Config()
-    minatar = ppo_discrete.default_config("Breakout-MinAtar")
-    assert minatar.num_envs == 64 and minatar.env_id == "Breakout-MinAtar"
+    minatar = ppo_discrete.default_config("Asterix-MinAtar")
+    assert minatar.num_envs == 64 and minatar.env_id == "Asterix-MinAtar"
     # What holds for one environment goes before what holds for its family.
-    invaders = ppo_discrete.default_config("SpaceInvaders-MinAtar")
-    assert invaders == replace(
-        minatar, env_id="SpaceInvaders-MinAtar", learning_rate=1e-3, ent_coef=0.01
+    breakout = ppo_discrete.default_config("Breakout-MinAtar")
+    assert breakout == replace(
+        minatar, env_id="Breakout-MinAtar", learning_rate=2e-3, ent_coef=0.02
     )
     for script in (ppo_continuous, ppo_penalty, trpo):
         assert not script.default_config("Swimmer-misc").normalize_obs
