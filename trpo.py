@@ -1002,7 +1002,7 @@ def together(run_dir: Path, function: Callable, *arguments: Any, **options: Any)
     except Exception as error:  # JAX's own, or what Orbax makes of it
         if jax.process_count() == 1:
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         print(
             f"\nerror: the processes cannot go on together, perhaps because one was lost ({reason})"
             f"\nstart all of them again with --resume {run_dir}",
