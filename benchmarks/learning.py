@@ -288,6 +288,8 @@ ABLATIONS = {
     "4 epochs": (CLIP, {"update_epochs": 4}, {}),
     "10 epochs": (CLIP, {"update_epochs": 10}, {}),
     "30 epochs": (CLIP, {"update_epochs": 30}, {}),
+    "normalised observations": (CLIP, {"normalize_obs": True}, {}),
+    "raw observations": (CLIP, {"normalize_obs": False}, {}),
     "no advantage normalisation": (CLIP, {}, {"normalize_advantage": lambda _: lambda a: a}),
     "no minimum, only the clipped term": (CLIP, {}, {"clipped_surrogate": lambda _: only_clipped}),
     "no clip": (CLIP, {}, {"clipped_surrogate": lambda _: unclipped}),

@@ -32,7 +32,14 @@ DISCRETE = [
     )
     and not env_id.endswith("-test")
 ]
-SMALL = Config(num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16, hidden_sizes=(8, 8))
+SMALL = Config(
+    num_seeds=2,
+    total_timesteps=3 * 64,
+    num_envs=4,
+    num_steps=16,
+    hidden_sizes=(8, 8),
+    normalize_obs=True,
+)
 
 
 def assert_same_bits(a, b):
@@ -304,6 +311,8 @@ def test_defaults_and_presets():
         Config().batch_size
     )
     assert ppo_discrete.default_config("CartPole-v1") == Config()
+    mountain_car = ppo_discrete.default_config("MountainCar-v0")
+    assert mountain_car == Config(env_id="MountainCar-v0", normalize_obs=True)
     minatar = ppo_discrete.default_config("Asterix-MinAtar")
     assert minatar.num_envs == 64 and minatar.env_id == "Asterix-MinAtar"
     # What holds for one environment goes before what holds for its family.
