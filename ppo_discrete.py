@@ -531,9 +531,6 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
     )
 
     def init(key):
-        # Philox keys: as random as JAX's default, Threefry, which the CPU runs as a loop within the
-        # loop over steps. That would cost small rollouts a tenth of the whole training time.
-        key = jax.random.wrap_key_data(jax.random.bits(key, 2, "uint32"), impl="philox4x32")
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
@@ -1095,7 +1092,7 @@ def main() -> None:
 
     handle(signal.SIG_DFL)  # all is saved: nothing left to protect
     play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
-    # Keys of a stream of their own: `init` draws its two words from `key` and folds nothing in.
+    # Keys of a stream of their own. `split(key, n)[i]` is `fold_in(key, i)`, and no n is so large.
     play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
     returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
     if first_process:

@@ -10,10 +10,9 @@ compiled and then run in turn, in one process: the script's `train` on its defau
 the bare arithmetic: the actor's forward passes step by step, the critic's over the rollout, and
 what the update does with the networks, on random data, without environment, advantages, shuffling
 or random numbers. Printed: steps per second of both, the median of the ratios of neighbouring runs,
-and the time the compiler took (no persistent cache is used unless you set one). A third program is
-the script with JAX's default keys, Threefry, instead of Philox: its speed relative to the script's.
-If Stable-Baselines3 and sb3-contrib are installed, they train with the same hyperparameters, in the
-same turns.
+and the time the compiler took (no persistent cache is used unless you set one). If Stable-
+Baselines3 and sb3-contrib are installed, they train with the same hyperparameters, in the same
+turns.
 
 Second table, `sizes`: more and more seeds of 4 environments, and one seed with more and more
 environments: steps per second, compile time, and memory per seed. It is drawn, too, as
@@ -29,7 +28,6 @@ import platform
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -134,14 +132,6 @@ def seconds_of(program, *arguments):
     return time.perf_counter() - start
 
 
-def compiled_with_threefry(script, config, keys):
-    """The script's program with JAX's default keys instead of Philox's."""
-    wrap = jax.random.wrap_key_data
-    threefry = lambda data, impl: wrap(data, impl="threefry2x32")
-    with mock.patch.object(jax.random, "wrap_key_data", threefry):
-        return compiled(script.train, config, keys)[0]
-
-
 def baseline_run(script, config):
     """The same training by Stable-Baselines3 or sb3-contrib, or None without such a thing.
 
@@ -185,9 +175,8 @@ def baseline_run(script, config):
 
 
 def against_bare_arithmetic(scripts, rounds):
-    names = "script", "setting", "steps/s", "bare arithmetic", "ratio", "with Threefry", "compile"
-    print("|", " | ".join((*names, "Stable-Baselines3")), "|")
-    print("|---" * 8 + "|")
+    print("| script | setting | steps/s | bare arithmetic | ratio | compile | Stable-Baselines3 |")
+    print("|---|---|---|---|---|---|---|")
     for script in map(importlib.import_module, scripts):
         for name, (num_seeds, num_envs, num_steps, num_updates) in SETTINGS.items():
             config = script.Config(
@@ -198,24 +187,20 @@ def against_bare_arithmetic(scripts, rounds):
             keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
             ours, compile_seconds = compiled(script.train, config, keys)
             bare, _ = compiled(functools.partial(bare_arithmetic, script), config, keys)
-            threefry = compiled_with_threefry(script, config, keys)
             other = baseline_run(script, config) if num_seeds == 1 else None
-            times = {"ours": [], "bare": [], "threefry": [], "other": []}
-            for program in (ours, bare, threefry):
-                seconds_of(program, keys)
+            times = {"ours": [], "bare": [], "other": []}
+            seconds_of(ours, keys), seconds_of(bare, keys)
             for _ in range(rounds):
                 times["ours"].append(seconds_of(ours, keys))
                 times["bare"].append(seconds_of(bare, keys))
-                times["threefry"].append(seconds_of(threefry, keys))
                 if other:
                     times["other"].append(seconds_of(other))
             steps = num_seeds * config.num_updates * config.batch_size
-            of_bare = np.median(np.divide(times["bare"], times["ours"]))
-            of_ours = np.median(np.divide(times["ours"], times["threefry"]))
+            ratio = np.median(np.divide(times["bare"], times["ours"]))
             theirs = SB3_ITERATIONS * config.batch_size / np.median(times["other"] or [np.inf])
             print(
                 f"| `{script.__name__}` | {name} | {steps / np.median(times['ours']):,.0f} "
-                f"| {steps / np.median(times['bare']):,.0f} | {of_bare:.2f} | {of_ours:.2f} "
+                f"| {steps / np.median(times['bare']):,.0f} | {ratio:.2f} "
                 f"| {compile_seconds:.1f} s | {f'{theirs:,.0f}' if other else '-'} |",
                 flush=True,
             )
