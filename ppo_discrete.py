@@ -819,7 +819,9 @@ def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
     return jax.jit(function, **options)
 
 
-def together(run_dir: Path, function: Callable, *arguments: Any, **options: Any) -> Any:
+def together(
+    run_dir: Path | str | None, function: Callable, *arguments: Any, **options: Any
+) -> Any:
     """`function`, in which the processes wait for each other; if one is lost the others end."""
     try:
         return function(*arguments, **options)
@@ -827,9 +829,10 @@ def together(run_dir: Path, function: Callable, *arguments: Any, **options: Any)
         if jax.process_count() == 1:
             raise
         reason = (str(error) or repr(error)).splitlines()[0]
+        resume = f" with --resume {run_dir}" if run_dir else ""
         print(
             f"\nerror: the processes cannot go on together, perhaps because one was lost ({reason})"
-            f"\nstart all of them again with --resume {run_dir}",
+            f"\nstart all of them again{resume}",
             file=sys.stderr,
             flush=True,
         )
@@ -999,7 +1002,7 @@ def main() -> None:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         jax.eval_shape(jax.vmap(init), keys),
     )
-    run_dir, checkpoints, state, updates_done = open_run(config, shapes)
+    run_dir, checkpoints, state, updates_done = together(config.resume, open_run, config, shapes)
     save = lambda step, state: together(
         run_dir, checkpoints.save, step, args=ocp.args.StandardSave(state)
     )

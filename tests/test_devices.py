@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from conftest import ROOT
 from test_command_line import QUICK, only_run, rows_of, wait_for_update
+
+import ppo_discrete
 
 SEEDS = ["--num-seeds", "4", *QUICK[2:]]
 
@@ -80,6 +83,30 @@ def test_distributed_without_an_address_is_explained(environment, tmp_path):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "JAX_COORDINATOR_ADDRESS" in result.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("it is gone\nsee above"), RuntimeError()])
+def test_a_lost_process_ends_this_one_with_a_reason(error, monkeypatch, capsys):
+    # A normal exit would wait for the lost one. Some of JAX's errors have no text.
+    def exchange():
+        raise error
+
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit) as end:
+        ppo_discrete.together("runs/x", exchange)
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "--resume runs/x" in said
+    assert ("(it is gone)" if str(error) else "(RuntimeError())") in said
+
+    with pytest.raises(SystemExit):  # while the run is opened there is nothing yet to resume
+        ppo_discrete.together(None, exchange)
+    said = capsys.readouterr().err
+    assert "start all of them again" in said and "--resume" not in said
+
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(RuntimeError):  # alone there is nobody to wait for
+        ppo_discrete.together("runs/x", exchange)
 
 
 def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_path):
