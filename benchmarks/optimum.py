@@ -1,0 +1,127 @@
+"""The best that any policy can do in Pendulum-v1 and MountainCar-v0, by dynamic programming.
+
+    python benchmarks/optimum.py
+
+Their dynamics are known, deterministic, and have a state of two numbers. So the largest return of
+the next k steps, V_k(s) = max_a [r(s, a) + V_{k-1}(s')], can be computed on a grid with linear
+interpolation, up to the 200 steps that an episode lasts at most. Two figures for the episodes that
+`evaluate` plays stand side by side: V_200 of their first states, and the return of playing the best
+actions by V_200, which a policy can really have. Where both agree, that is the optimum. For the
+ten seeds of the README's table it is the interquartile mean, for many the mean and its error.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import ppo_continuous
+import ppo_discrete
+
+STEPS, SEEDS = 200, 300  # of an episode at most; of the command line, a hundred episodes each
+
+
+class Task(NamedTuple):
+    script: object  # whose `make_env` and number of episodes count
+    step: Callable  # x [...], y [...], action -> next x, next y, reward, ended
+    x: jax.Array  # grid points of position or angle, equally spaced
+    y: jax.Array  # of the velocity
+    actions: jax.Array
+    observe: Callable  # the first observation [..., D] -> x, y
+
+
+def step_pendulum(angle, speed, torque):
+    """The angle, 0 when upright, comes back wrapped to [-π, π]."""
+    reward = -(angle**2 + 0.1 * speed**2 + 0.001 * torque**2)
+    speed = jnp.clip(speed + (15.0 * jnp.sin(angle) + 3.0 * torque) * 0.05, -8.0, 8.0)
+    angle = (angle + speed * 0.05 + jnp.pi) % (2 * jnp.pi) - jnp.pi
+    return angle, speed, reward, False
+
+
+def step_mountain_car(position, velocity, action):
+    velocity = velocity + (action - 1) * 0.001 - jnp.cos(3 * position) * 0.0025
+    velocity = jnp.clip(velocity, -0.07, 0.07)
+    position = jnp.clip(position + velocity, -1.2, 0.6)
+    velocity = jnp.where((position == -1.2) & (velocity < 0), 0.0, velocity)
+    return position, velocity, -1.0, (position >= 0.5) & (velocity >= 0)
+
+
+TASKS = {
+    "Pendulum-v1": Task(
+        script=ppo_continuous,
+        step=step_pendulum,
+        x=jnp.linspace(-jnp.pi, jnp.pi, 241),
+        y=jnp.linspace(-8.0, 8.0, 241),
+        actions=jnp.linspace(-2.0, 2.0, 41),
+        observe=lambda obs: (jnp.arctan2(obs[..., 1], obs[..., 0]), obs[..., 2]),
+    ),
+    "MountainCar-v0": Task(
+        script=ppo_discrete,
+        step=step_mountain_car,
+        x=jnp.linspace(-1.2, 0.6, 1201),
+        y=jnp.linspace(-0.07, 0.07, 601),
+        actions=jnp.arange(3.0),
+        observe=lambda obs: (obs[..., 0], obs[..., 1]),
+    ),
+}
+
+
+def interpolate(task, table, x, y):
+    """`table`, given on the grid, at any points."""
+    row = (x - task.x[0]) / (task.x[1] - task.x[0])
+    column = (y - task.y[0]) / (task.y[1] - task.y[0])
+    return jax.scipy.ndimage.map_coordinates(table, [row, column], order=1, mode="nearest")
+
+
+def returns(task, table, x, y):
+    """r + V(s') of every action, [..., actions]."""
+    x, y, reward, ended = task.step(x[..., None], y[..., None], task.actions)
+    return reward + jnp.where(ended, 0.0, interpolate(task, table, x, y))
+
+
+def solve(task):
+    """V_200 on the grid."""
+    x, y = jnp.meshgrid(task.x, task.y, indexing="ij")
+    backwards = lambda _, table: returns(task, table, x, y).max(axis=-1)
+    return jax.lax.fori_loop(0, STEPS, backwards, jnp.zeros(x.shape))
+
+
+def play(task, env_id, table, seed):
+    """For the evaluation episodes of a seed: mean of V_200 at the start, mean return of playing."""
+    reset_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31))
+    keys = jax.random.split(reset_key, task.script.EVALUATION_EPISODES)
+    obs, _ = task.script.make_env(env_id).reset(keys)
+
+    def forwards(carry, _):
+        x, y, playing = carry
+        best = returns(task, table, x, y).argmax(axis=-1)
+        x, y, reward, ended = task.step(x, y, task.actions[best])
+        return (x, y, playing & jnp.logical_not(ended)), reward * playing
+
+    start = task.observe(obs)
+    playing = jnp.ones(start[0].shape, bool)
+    _, rewards = jax.lax.scan(forwards, (*start, playing), None, STEPS)
+    return interpolate(task, table, *start).mean(), rewards.sum(axis=0).mean()
+
+
+def report(env_id, task):
+    table = jax.jit(lambda: solve(task))()
+    both = jax.lax.map(lambda seed: play(task, env_id, table, seed), jnp.arange(SEEDS))
+    values, scores = map(np.asarray, both)
+    middle = lambda x: scipy.stats.trim_mean(x[:10], 0.25)  # of the table's ten seeds
+    error = scores.std() / SEEDS**0.5
+    print(f"{env_id}: seeds 0 to 9 {middle(scores):.2f} (V_200 {middle(values):.2f}), ", end="")
+    print(
+        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f} (V_200 {values.mean():.2f})", flush=True
+    )
+
+
+if __name__ == "__main__":
+    for env_id, task in TASKS.items():
+        report(env_id, task)
