@@ -150,7 +150,7 @@ class Config:
 # MountainCar's velocity is tiny: without normalised observations it returns -149 instead of -98.
 # CartPole is better off without: the policy moves with the statistics, and not to its advantage.
 # MinAtar, 10M steps, three seeds each, normalised: Breakout returns 63 with its family's values, 72
-# with larger steps and more entropy, 75 with eight epochs besides. SpaceInvaders returns 187 with its
+# with larger steps and more entropy, 75 with eight epochs besides; SpaceInvaders 187 with its
 # family's values, 175 with larger steps and more entropy.
 PRESETS: dict[str, dict[str, Any]] = {
     "MountainCar-v0": dict(normalize_obs=True),
