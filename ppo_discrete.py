@@ -147,8 +147,10 @@ class Config:
 
 
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
-# MountainCar's velocity is tiny: without normalised observations it returns -149 instead of -98.
-# CartPole is better off without: the policy moves with the statistics, and not to its advantage.
+# MountainCar's velocity is tiny: with raw observations two of ten seeds have not found the goal
+# after 300k steps, with normalised ones all have after 100k. On CartPole raw ones are safer: with
+# them none of 120 seeds fails, with normalised ones one, and six with half the epochs, since the
+# policy moves with the statistics, and not to its advantage.
 # MinAtar, 10M steps, three seeds each, normalised: Breakout returns 63 with its family's values, 72
 # with larger steps and more entropy, 75 with eight epochs besides; SpaceInvaders 187 with its
 # family's values, 175 with larger steps and more entropy.
