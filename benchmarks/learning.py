@@ -179,12 +179,12 @@ def cell_text(path):
         return ""
     scores = read_scores(path)
     if len(scores) == 1:
-        return f"**{scores[0]:.2f}** (1 seed)"
+        return f"**{scores[0]:z.2f}** (1 seed)"
     low, high = interval(scores)
     few = "" if len(scores) == 10 else f", {len(scores)} seeds"
     return (
-        f"**{interquartile_mean(scores):.2f}** "
-        f"({low:.2f} to {high:.2f}; worst {scores.min():.2f}{few})"
+        f"**{interquartile_mean(scores):z.2f}** "
+        f"({low:z.2f} to {high:z.2f}; worst {scores.min():z.2f}{few})"
     )
 
 
@@ -351,7 +351,7 @@ def ablation_table():
                 texts.append("")
                 continue
             low, high = interval(scores)
-            texts.append(f"**{interquartile_mean(scores):.1f}** ({low:.1f} to {high:.1f})")
+            texts.append(f"**{interquartile_mean(scores):z.1f}** ({low:z.1f} to {high:z.1f})")
         lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
