@@ -151,9 +151,9 @@ class Config:
 # after 300k steps, with normalised ones all have after 100k. On CartPole raw ones are safer: with
 # them none of 120 seeds fails, with normalised ones one, and six with half the epochs, since the
 # policy moves with the statistics, and not to its advantage.
-# MinAtar, 10M steps, three seeds each, normalised: Breakout returns 63 with its family's values, 72
-# with larger steps and more entropy, 75 with eight epochs besides; SpaceInvaders 187 with its
-# family's values, 175 with larger steps and more entropy.
+# MinAtar, 10M steps, normalised, means of only three seeds: Breakout returns 63 with its family's
+# values, 72 (24 to 102) with larger steps and more entropy, 75 (46 to 92) with eight epochs
+# besides; SpaceInvaders 187 with its family's values, 175 with larger steps and more entropy.
 PRESETS: dict[str, dict[str, Any]] = {
     "MountainCar-v0": dict(normalize_obs=True),
     "MinAtar": dict(
@@ -829,7 +829,10 @@ def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
 def together(
     run_dir: Path | str | None, function: Callable, *arguments: Any, **options: Any
 ) -> Any:
-    """`function`, in which the processes wait for each other; if one is lost the others end."""
+    """`function`, in which the processes wait for each other; if one is lost the others end.
+
+    `run_dir` is what to resume then, None while a new run is being opened.
+    """
     try:
         return function(*arguments, **options)
     except Exception as error:  # JAX's own, or what Orbax makes of it

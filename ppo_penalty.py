@@ -889,7 +889,10 @@ def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
 def together(
     run_dir: Path | str | None, function: Callable, *arguments: Any, **options: Any
 ) -> Any:
-    """`function`, in which the processes wait for each other; if one is lost the others end."""
+    """`function`, in which the processes wait for each other; if one is lost the others end.
+
+    `run_dir` is what to resume then, None while a new run is being opened.
+    """
     try:
         return function(*arguments, **options)
     except Exception as error:  # JAX's own, or what Orbax makes of it

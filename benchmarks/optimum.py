@@ -6,8 +6,9 @@ Their dynamics are known, deterministic, and have a state of two numbers. So the
 the next k steps, V_k(s) = max_a [r(s, a) + V_{k-1}(s')], can be computed on a grid with linear
 interpolation, up to the 200 steps that an episode lasts at most. Two figures for the episodes that
 `evaluate` plays stand side by side: V_200 of their first states, and the return of playing the best
-actions by V_200, which a policy can really have. Where both agree, that is the optimum. For the
-ten seeds of the README's table it is the interquartile mean, for many the mean and its error.
+actions by V_200, which a policy can really have. Where both agree, that is the optimum, up to the
+grid. For the ten seeds of the README's table it is the interquartile mean, for many the mean and
+its error.
 """
 
 import sys
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_continuous
 import ppo_discrete
 
-STEPS, SEEDS = 200, 300  # of an episode at most; of the command line, a hundred episodes each
+STEPS = 200  # of an episode at most
+SEEDS = 300  # of the command line, a hundred episodes each
 
 
 class Task(NamedTuple):
@@ -45,6 +47,7 @@ def step_pendulum(angle, speed, torque):
 
 
 def step_mountain_car(position, velocity, action):
+    """Actions 0, 1, 2 push left, not at all, right."""
     velocity = velocity + (action - 1) * 0.001 - jnp.cos(3 * position) * 0.0025
     velocity = jnp.clip(velocity, -0.07, 0.07)
     position = jnp.clip(position + velocity, -1.2, 0.6)
@@ -111,6 +114,7 @@ def play(task, env_id, table, seed):
 
 
 def report(env_id, task):
+    """Print one line, about the table's ten seeds and about SEEDS of them."""
     table = jax.jit(lambda: solve(task))()
     both = jax.lax.map(lambda seed: play(task, env_id, table, seed), jnp.arange(SEEDS))
     values, scores = map(np.asarray, both)
