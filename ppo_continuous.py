@@ -70,6 +70,7 @@ import orbax.checkpoint as ocp
 import scipy.stats
 import tyro
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -384,6 +385,19 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     return order.reshape(num_epochs * num_minibatches, batch_size // num_minibatches)
 
 
+def make_take(batch):
+    """The function that takes the transitions `indices` [M] of a batch of [B, ...] arrays.
+
+    The batch is copied into one matrix, a transition per row, so that a minibatch costs one gather
+    instead of one per array: 2 to 9 % of all training time. A gather per minibatch is in turn
+    cheaper than a shuffled copy of the rollout per epoch. Actions survive as floats: whole numbers
+    do below 2^24.
+    """
+    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, F]
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
+    return lambda indices: jax.vmap(unravel)(rows[indices])
+
+
 # ---- The environment: gymnax, as N environments with flat float32 observations -------------------
 
 
@@ -632,10 +646,10 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         )
         return objective, metrics
 
-    def minibatch_step(batch, carry, indices):
+    def minibatch_step(take, carry, indices):
         """One gradient step on the transitions `indices` [M] of the batch."""
         params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        minibatch = take(indices)
         gradient, metrics = jax.grad(loss, has_aux=True)(params, minibatch)
         step, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(params, step), opt_state), metrics
@@ -674,15 +688,14 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             config.gae_lambda,
         )
 
-        # Take the epochs, as one scan over all their minibatches. Each gathers its transitions by
-        # index, which is cheaper than a shuffled copy of the rollout per epoch.
+        # Take the epochs, as one scan over all their minibatches.
         batch = Batch(obs, rollout.action, rollout.log_prob, value, advantage, target)
         batch = jax.tree.map(flatten, batch)
         indices = shuffled_indices(
             shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
         )
         (params, opt_state), losses = jax.lax.scan(
-            partial(minibatch_step, batch), (state.params, state.opt_state), indices
+            partial(minibatch_step, make_take(batch)), (state.params, state.opt_state), indices
         )
 
         # Losses are means over all gradient steps, returns over the episodes that ended in this

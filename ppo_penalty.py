@@ -84,6 +84,7 @@ import orbax.checkpoint as ocp
 import scipy.stats
 import tyro
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -429,6 +430,19 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     return order.reshape(num_epochs * num_minibatches, batch_size // num_minibatches)
 
 
+def make_take(batch):
+    """The function that takes the transitions `indices` [M] of a batch of [B, ...] arrays.
+
+    The batch is copied into one matrix, a transition per row, so that a minibatch costs one gather
+    instead of one per array: 2 to 9 % of all training time. A gather per minibatch is in turn
+    cheaper than a shuffled copy of the rollout per epoch. Actions survive as floats: whole numbers
+    do below 2^24.
+    """
+    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, F]
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
+    return lambda indices: jax.vmap(unravel)(rows[indices])
+
+
 # ---- The environment: gymnax, as N environments with flat float32 observations -------------------
 
 
@@ -669,10 +683,10 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         }
         return metrics["policy_loss"] + config.vf_coef * metrics["value_loss"], metrics
 
-    def minibatch_step(beta, batch, carry, indices):
+    def minibatch_step(beta, take, carry, indices):
         """One gradient step on the transitions `indices` [M] of the batch."""
         params, opt_state = carry
-        minibatch = jax.tree.map(lambda x: x[indices], batch)
+        minibatch = take(indices)
         gradient, metrics = jax.grad(loss, has_aux=True)(params, beta, minibatch)
         step, opt_state = optimizer.update(gradient, opt_state)
         return (optax.apply_updates(params, step), opt_state), metrics
@@ -711,8 +725,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             config.gae_lambda,
         )
 
-        # Take the epochs, as one scan over all their minibatches. Each gathers its transitions by
-        # index, which is cheaper than a shuffled copy of the rollout per epoch.
+        # Take the epochs, as one scan over all their minibatches.
         log_prob = rollout.policy.log_prob(rollout.action)
         batch = Batch(obs, rollout.policy, rollout.action, log_prob, advantage, target)
         batch = jax.tree.map(flatten, batch)
@@ -720,7 +733,9 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
         )
         (params, opt_state), losses = jax.lax.scan(
-            partial(minibatch_step, state.beta, batch), (state.params, state.opt_state), indices
+            partial(minibatch_step, state.beta, make_take(batch)),
+            (state.params, state.opt_state),
+            indices,
         )
 
         # Adapt β to how far the policy has moved, for the next update.

@@ -239,6 +239,22 @@ def test_shuffled_indices_are_permutations(batch_size):
         assert (indices[0] != indices[1]).mean() > 0.9
 
 
+def test_taking_transitions_by_rows_is_taking_them_from_each_array():
+    numbers = np.arange(40, dtype=np.float32)
+    batch = {
+        "obs": jnp.asarray(numbers.reshape(8, 5) / 3),
+        "action": jnp.arange(8, dtype=jnp.int32) * 2_000_001,  # the last needs all of 24 bits
+        "policy": (jnp.asarray(numbers[:16].reshape(8, 2, 1)), jnp.asarray(numbers[:8]) / 7),
+    }
+    indices = jnp.asarray([7, 0, 3, 3])
+    taken = jax.jit(ppo_discrete.make_take(batch))(indices)
+    expected = jax.tree.map(lambda x: np.asarray(x)[[7, 0, 3, 3]], batch)
+    assert jax.tree.structure(taken) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_shuffled_indices_are_uniform():
     # Each index is equally often at each place: 6000 shuffles of 6, chi-square over 36 cells.
     indices = ppo_discrete.shuffled_indices(jax.random.key(1), 6000, 6, 1)

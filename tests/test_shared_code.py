@@ -88,7 +88,7 @@ def test_the_penalty_takes_the_same_gradient_steps_as_the_clip():
     assert penalty["learning_rate"] == clip["learning_rate"] == closures("trpo")["learning_rate"]
     assert (
         penalty["minibatch_step"]
-        .replace("(beta, batch, ", "(batch, ")
+        .replace("(beta, take, ", "(take, ")
         .replace("(params, beta, minibatch)", "(params, minibatch)")
         == clip["minibatch_step"]
     )
