@@ -1,7 +1,7 @@
 """How fast the scripts are: against bare arithmetic, and by number of seeds.
 
     python benchmarks/speed.py                              # everything, half an hour
-    python benchmarks/speed.py --tables bare --scripts trpo --rounds 3
+    python benchmarks/speed.py --tables bare --scripts trpo --rounds 10
     python benchmarks/speed.py --tables sizes --seeds 1 64 1024 2048     # on a GPU
 
 First table, `bare`: how much of the time goes into the network arithmetic that no implementation
@@ -9,10 +9,11 @@ can avoid. For each script and setting two programs with the same networks, opti
 compiled and then run in turn, in one process: the script's `train` on its default environment, and
 the bare arithmetic: the actor's forward passes step by step, the critic's over the rollout, and
 what the update does with the networks, on random data, without environment, advantages, shuffling
-or random numbers. Printed: steps per second of both, the median of the ratios of neighbouring runs,
-and the time the compiler took (no persistent cache is used unless you set one). If Stable-
-Baselines3 and sb3-contrib are installed, they train with the same hyperparameters, in the same
-turns.
+or random numbers. A run lasts half a second or so and there are many: on a machine that is busy
+with other things, two neighbouring short runs are disturbed alike, two long ones are not. Printed:
+steps per second of both, the median and the quartiles of the ratios of neighbouring runs, and the
+time the compiler took (no persistent cache is used unless you set one). If Stable-Baselines3 and
+sb3-contrib are installed, they train with the same hyperparameters, in the same turns.
 
 Second table, `sizes`: more and more seeds of 4 environments, and one seed with more and more
 environments: steps per second, compile time, and memory per seed. It is drawn, too, as
@@ -40,12 +41,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_penalty", "trpo"]
-SB3_ITERATIONS = 3  # rollouts and updates of Stable-Baselines3 per turn
+SB3_ITERATIONS = 1  # rollouts and updates of Stable-Baselines3 per turn
 SETTINGS = {  # name: (seeds, environments, steps, updates)
-    "4 x 128": (1, 4, 128, 400),
-    "64 x 128": (1, 64, 128, 100),
-    "2048 x 10": (1, 2048, 10, 40),
-    "16 seeds of 4 x 128": (16, 4, 128, 80),
+    "4 x 128": (1, 4, 128, 40),
+    "64 x 128": (1, 64, 128, 6),
+    "2048 x 10": (1, 2048, 10, 3),
+    "16 seeds of 4 x 128": (16, 4, 128, 6),
 }
 
 
@@ -196,11 +197,11 @@ def against_bare_arithmetic(scripts, rounds):
                 if other:
                     times["other"].append(seconds_of(other))
             steps = num_seeds * config.num_updates * config.batch_size
-            ratio = np.median(np.divide(times["bare"], times["ours"]))
+            low, ratio, high = np.percentile(np.divide(times["bare"], times["ours"]), [25, 50, 75])
             theirs = SB3_ITERATIONS * config.batch_size / np.median(times["other"] or [np.inf])
             print(
                 f"| `{script.__name__}` | {name} | {steps / np.median(times['ours']):,.0f} "
-                f"| {steps / np.median(times['bare']):,.0f} | {ratio:.2f} "
+                f"| {steps / np.median(times['bare']):,.0f} | {ratio:.2f} ({low:.2f}-{high:.2f}) "
                 f"| {compile_seconds:.1f} s | {f'{theirs:,.0f}' if other else '-'} |",
                 flush=True,
             )
@@ -208,12 +209,13 @@ def against_bare_arithmetic(scripts, rounds):
 
 def by_number(scripts, seeds, environments, rounds):
     """Table and figure of steps/s, compile time and memory against what runs side by side."""
-    sizes = [(number, 4) for number in seeds] + [(1, number) for number in environments]
+    by_seeds = [(number, 4) for number in seeds]
+    by_environments = [(1, number) for number in environments]
     print("Steps per second (compile time; memory per seed that the compiled program asks for)\n")
     print("| seeds x environments |", " | ".join(f"`{script}`" for script in scripts), "|")
     print("|---" * (len(scripts) + 1) + "|")
-    speeds = {script: [] for script in scripts}
-    for num_seeds, num_envs in sizes:
+    speeds = {script: {} for script in scripts}
+    for num_seeds, num_envs in dict.fromkeys(by_seeds + by_environments):  # each once
         cells = []
         for name in scripts:
             script = importlib.import_module(name)
@@ -227,19 +229,18 @@ def by_number(scripts, seeds, environments, rounds):
             seconds = np.median([seconds_of(program, keys) for _ in range(rounds)])
             memory = program.memory_analysis()
             mebibytes = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
-            speeds[name].append(num_seeds * config.total_timesteps / seconds)
-            cells.append(
-                f"{speeds[name][-1]:,.0f} ({compile_seconds:.1f} s; "
-                f"{mebibytes / num_seeds:.2f} MiB)"
-            )
+            speed = num_seeds * config.total_timesteps / seconds
+            speeds[name][num_seeds, num_envs] = speed
+            cells.append(f"{speed:,.0f} ({compile_seconds:.1f} s; {mebibytes / num_seeds:.2f} MiB)")
         print(f"| {num_seeds} x {num_envs} | {' | '.join(cells)} |", flush=True)
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for name in scripts:
         default = importlib.import_module(name).Config().env_id
-        panels[0].loglog(seeds, speeds[name][: len(seeds)], "o-", label=f"{name}, {default}")
-        panels[1].loglog(environments, speeds[name][len(seeds) :], "o-")
+        of_seeds = [speeds[name][size] for size in by_seeds]
+        panels[0].loglog(seeds, of_seeds, "o-", label=f"{name}, {default}")
+        panels[1].loglog(environments, [speeds[name][size] for size in by_environments], "o-")
     panels[0].set(
         xlabel="seeds at once, each with 4 environments", ylabel="environment steps per second"
     )
@@ -258,16 +259,18 @@ def main():
     numbers = dict(nargs="+", type=int, help="of the second table")
     parser.add_argument("--seeds", default=[1, 8, 64, 512, 2048], **numbers)
     parser.add_argument("--environments", default=[4, 64, 512, 2048], **numbers)
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each program per setting")
+    parser.add_argument(
+        "--rounds", type=int, help="runs of each program per setting [default: 30 and 3]"
+    )
     arguments = parser.parse_args()
     device = jax.devices()[0].device_kind
     print(f"{time.strftime('%Y-%m-%d')}, {device}, {os.cpu_count()} cores, {platform.machine()},")
     print(f"Python {platform.python_version()}, jax {jax.__version__}\n")
     if "bare" in arguments.tables:
-        against_bare_arithmetic(arguments.scripts, arguments.rounds)
+        against_bare_arithmetic(arguments.scripts, arguments.rounds or 30)
         print()
     if "sizes" in arguments.tables:
-        by_number(arguments.scripts, arguments.seeds, arguments.environments, arguments.rounds)
+        by_number(arguments.scripts, arguments.seeds, arguments.environments, arguments.rounds or 3)
 
 
 if __name__ == "__main__":
