@@ -1,16 +1,18 @@
 """The best that any policy can do in Pendulum-v1 and MountainCar-v0, by dynamic programming.
 
     python benchmarks/optimum.py
+    python benchmarks/optimum.py --seed 1000     # for seeds 1000 to 1009, and 1000 to 1299
 
 Their dynamics are known, deterministic, and have a state of two numbers. So the largest return of
 the next k steps, V_k(s) = max_a [r(s, a) + V_{k-1}(s')], can be computed on a grid with linear
 interpolation, up to the 200 steps that an episode lasts at most. Two figures for the episodes that
 `evaluate` plays stand side by side: V_200 of their first states, and the return of playing the best
 actions by V_200, which a policy can really have. Where both agree, that is the optimum, up to the
-grid. For the ten seeds of the README's table it is the interquartile mean, for many the mean and
-its error.
+grid. For ten seeds (0 to 9 are those of the README's table) it is the interquartile mean, for many
+the mean and its error.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ import ppo_continuous
 import ppo_discrete
 
 STEPS = 200  # of an episode at most
-SEEDS = 300  # of the command line, a hundred episodes each
+SEEDS = 300  # a hundred episodes each
 
 
 class Task(NamedTuple):
@@ -113,19 +115,24 @@ def play(task, env_id, table, seed):
     return interpolate(task, table, *start).mean(), rewards.sum(axis=0).mean()
 
 
-def report(env_id, task):
-    """Print one line, about the table's ten seeds and about SEEDS of them."""
+def report(env_id, task, first):
+    """Print one line, about ten seeds of the command line and about SEEDS of them."""
     table = jax.jit(lambda: solve(task))()
-    both = jax.lax.map(lambda seed: play(task, env_id, table, seed), jnp.arange(SEEDS))
+    both = jax.lax.map(lambda seed: play(task, env_id, table, seed), first + jnp.arange(SEEDS))
     values, scores = map(np.asarray, both)
-    middle = lambda x: scipy.stats.trim_mean(x[:10], 0.25)  # of the table's ten seeds
+    middle = lambda x: scipy.stats.trim_mean(x[:10], 0.25)  # interquartile, of ten seeds
     error = scores.std() / SEEDS**0.5
-    print(f"{env_id}: seeds 0 to 9 {middle(scores):.2f} (V_200 {middle(values):.2f}), ", end="")
     print(
-        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f} (V_200 {values.mean():.2f})", flush=True
+        f"{env_id}: seeds {first} to {first + 9} "
+        f"{middle(scores):.2f} (V_200 {middle(values):.2f}), "
+        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f} (V_200 {values.mean():.2f})",
+        flush=True,
     )
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="the first of them")
+    first = parser.parse_args().seed
     for env_id, task in TASKS.items():
-        report(env_id, task)
+        report(env_id, task, first)
