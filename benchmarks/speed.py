@@ -1,6 +1,6 @@
 """How fast the scripts are: against bare arithmetic, and by number of seeds.
 
-    python benchmarks/speed.py                              # everything, half an hour
+    python benchmarks/speed.py                              # everything; 20 minutes for `bare`
     python benchmarks/speed.py --tables bare --scripts trpo --rounds 10
     python benchmarks/speed.py --tables sizes --seeds 1 64 1024 2048     # on a GPU
 
