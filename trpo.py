@@ -67,6 +67,7 @@ import csv
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import os
 import signal
@@ -967,6 +968,8 @@ def join_processes() -> None:
             "Slurm, Open MPI, Kubernetes and TPU are recognised; elsewhere set for each process "
             "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
         )
+    # Orbax's threads log the loss of a process with a traceback; `together` says it in two lines.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def make_mesh(num_seeds: int) -> Mesh:

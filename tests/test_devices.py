@@ -1,5 +1,6 @@
 """Several devices, and several processes: on the CPU, over loopback."""
 
+import logging
 import shutil
 import signal
 import socket
@@ -9,6 +10,7 @@ import time
 
 import jax
 import pytest
+from absl import logging as absl_logging
 from conftest import ROOT
 from test_command_line import QUICK, only_run, rows_of, wait_for_update
 
@@ -83,6 +85,20 @@ def test_distributed_without_an_address_is_explained(environment, tmp_path):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "JAX_COORDINATOR_ADDRESS" in result.stderr
+
+
+def test_a_lost_process_is_not_reported_twice(monkeypatch, caplog):
+    # Orbax saves in threads, which log what they raise with a traceback: it comes out only if the
+    # process is lost at that moment.
+    absl = logging.getLogger("absl")
+    monkeypatch.setattr(absl, "level", absl.level)  # puts it back afterwards
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    ppo_discrete.join_processes()
+    try:
+        raise RuntimeError("it is gone")
+    except RuntimeError:
+        absl_logging.exception("a thread of Orbax raised")
+    assert "raised" not in caplog.text
 
 
 @pytest.mark.parametrize("error", [RuntimeError("it is gone\nsee above"), RuntimeError()])
