@@ -899,8 +899,10 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
     mean = np.nanmean(returns, axis=1)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
     if config.num_seeds > 1:
-        quantile = scipy.stats.t.ppf(0.975, np.isfinite(returns).sum(axis=1) - 1)
-        error = quantile * scipy.stats.sem(returns, axis=1, nan_policy="omit")
+        # The standard error of the mean; of a lone seed there is none (nan), and no band is drawn.
+        others = np.isfinite(returns).sum(axis=1) - 1
+        error = np.nanstd(returns, axis=1) / np.sqrt(np.maximum(others, 1))
+        error *= scipy.stats.t.ppf(0.975, others)
         axes.fill_between(
             steps, mean - error, mean + error, alpha=0.3, linewidth=0, label="95 % interval"
         )

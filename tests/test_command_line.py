@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import ppo_discrete
+
 SCRIPTS = {  # and the environment that each trains on by default
     "ppo_discrete": "CartPole-v1",
     "ppo_continuous": "Pendulum-v1",
@@ -120,6 +122,23 @@ def test_outputs(run, tmp_path, script):
         assert all(-2000 < float(row["episodic_return"]) < 0 for row in rows)
     picture = matplotlib.image.imread(run_dir / "learning_curve.png")
     assert picture.shape[0] > 300 and picture.std() > 0.01
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_learning_curve_where_few_episodes_end(tmp_path, monkeypatch):
+    rows = ["seed,env_step,episodic_return", "0,64,1", "1,64,3", "0,128,", "1,128,", "0,192,5"]
+    (tmp_path / "metrics.csv").write_text("\n".join([*rows, "1,192,"]) + "\n")
+    figures = []
+    monkeypatch.setattr(
+        ppo_discrete.Figure, "savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    ppo_discrete.plot_learning_curve(tmp_path, ppo_discrete.Config(num_seeds=2))
+    (axes,) = figures[0].axes
+    mean = axes.lines[-1]
+    np.testing.assert_array_equal(mean.get_xydata(), [[64, 2], [192, 5]])
+    # Student's t of two seeds, 12.706, times their standard error, 1; one seed has no interval.
+    ((band,),) = [collection.get_paths() for collection in axes.collections]
+    np.testing.assert_allclose(band.get_extents().get_points(), [[64, -10.706], [64, 14.706]], 1e-4)
 
 
 LONG = [*QUICK, "--total-timesteps", 64 * 3000]
