@@ -4,7 +4,7 @@ The setting: in step t an agent sees s_t, draws an action a_t from its policy π
 reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
 E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
 estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
-makes each action more probable in proportion to its advantage.
+makes an action more probable in proportion to its advantage, or less where that is negative.
 
 Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves a stochastic policy π
 by gradient ascent on data that a slightly older policy π_old collected. The importance ratio
@@ -22,6 +22,10 @@ sample that moved in the wrong direction is always pulled back.
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
 
+γ < 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
+S the entropy; c_1 and c_2 are weights. The sum stops where an episode ends, and V is zero after a
+true end.
+
 Each iteration rolls out N environments for T steps, estimates Â, and takes K epochs of minibatch
 steps with Adam. `train(config, key)` does all of it, environments included, in one pure function:
 `jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
@@ -38,9 +42,11 @@ under vmap a seed axis stands in front.
 Departures from the paper, explained where they occur: a time limit is not the end of an episode for
 the value function; advantages are normalised per minibatch; rewards, and observations on request,
 are scaled by running statistics; the gradient norm is clipped; Adam's ε is 1e-5; weights start
-orthogonal; the value loss has a ½. These are among the details of Huang et al. 2022 ("The 37
-Implementation Details of PPO"), most of them measured by Engstrom et al. 2020 and Andrychowicz et
-al. 2020. The entropy bonus is there but off (c_2 = 0) unless the environment needs it.
+orthogonal; the value loss has a ½, and a clip on request. All but the first are among the details
+of Huang et al. 2022 ("The 37 Implementation Details of Proximal Policy Optimization"), most of them
+measured by Engstrom et al. 2020 and Andrychowicz et al. 2020. The factor γ^t that the policy
+gradient of a discounted return gives to step t is left out, as usual: late steps count in full. The
+entropy bonus is there but off (c_2 = 0) unless the environment needs it.
 """
 
 import argparse
@@ -95,14 +101,14 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1); matters where the norm is clipped
+    vf_coef: float = 0.5  # weight of the value loss (c_1); Adam undoes it unless norms are clipped
     max_grad_norm: float = 2.0  # a gradient whose norm is larger is scaled down to this
     normalize_obs: bool = False  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     resume: str | None = None  # directory of an earlier run to continue, with its configuration
-    distributed: bool = False  # be one of several processes, found by jax.distributed
+    distributed: bool = False  # run as one of several processes, which jax.distributed joins
 
     @property
     def batch_size(self) -> int:
@@ -120,7 +126,7 @@ class Config:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self):
-        """Raise ValueError on values that cannot work; traced ones (under vmap) pass unseen."""
+        """Raise ValueError on values that cannot work; traced floats (under vmap) pass unseen."""
         zero_allowed = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
         for name, value in vars(self).items():
             for number in value if isinstance(value, tuple) else (value,):
@@ -171,7 +177,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def default_config(env_id: str | None = None) -> Config:
-    """The configuration that the command line starts from: the defaults and the preset."""
+    """The defaults and the preset, as the command line has them; Config(...) ignores the preset."""
     env_id = env_id or Config.env_id
     family = env_id.rpartition("-")[2]
     return Config(env_id=env_id, **PRESETS.get(family, {}) | PRESETS.get(env_id, {}))
@@ -216,8 +222,8 @@ class Categorical(NamedTuple):
 def orthogonal(scale: float) -> Callable:
     """Initialiser: `scale` times a uniformly distributed matrix with orthonormal rows or columns.
 
-    Such a matrix keeps the length of what passes through it, forwards and backwards; √2 makes up
-    for what a hidden layer's nonlinearity takes away (detail 2 of Huang et al.).
+    A square one keeps the length of what passes through it, forwards and backwards; √2 makes up
+    for the half that ReLU takes away, and is customary with tanh, too (detail 2 of Huang et al.).
 
     The usual QR decomposition is a batched LAPACK call under vmap, and several of those in one
     program can deadlock on a machine with few cores (jax 0.10). The polar factor of a Gaussian
@@ -229,7 +235,7 @@ def orthogonal(scale: float) -> Callable:
     def init(key, shape, dtype=jnp.float32):
         x = jax.random.normal(key, shape, dtype)  # [fan_in, fan_out]
         with jax.default_matmul_precision("highest"):
-            step = lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x)
+            step = lambda _, y: 1.5 * y - 0.5 * y @ (y.T @ y)
             return scale * jax.lax.fori_loop(0, 40, step, x / jnp.linalg.norm(x))
 
     return init
@@ -275,8 +281,9 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
     δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
-    "bootstrap". The sum of all later δ, each weighted by γλ once more, trusts the rewards seen (λ =
-    1, unbiased but noisy), V (λ = 0, the reverse), or something in between.
+    "bootstrap". With λ = 1 every later V cancels in the sum of the δ: it trusts the rewards seen,
+    and V only where they stop (little bias, much noise). With λ = 0 it is δ_t alone (the reverse).
+    (The last exponent of eq. 11 is misprinted in the paper as T-t+1.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
@@ -300,24 +307,24 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the data of one step, so that it does not depend on the scale of
-    the rewards (in OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M] -> [M]."""
+    """Mean 0 and deviation 1 over the data of one gradient step, which then does not depend on the
+    scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def clipped_surrogate(ratio, advantage, clip_eps):
     """L_CLIP (eq. 7), to be maximised: ratio and advantage [M] -> scalar.
 
-    The minimum makes it a pessimistic bound: clipping may take away what a sample promises, never
-    what it threatens. So the gradient is zero where Â > 0 and r > 1+ε, or Â < 0 and r < 1-ε; a
-    ratio that went the wrong way keeps its gradient.
+    The minimum makes it a lower bound of E[r Â]: clipping can lower what a sample contributes, but
+    not raise it. So the gradient is zero where Â > 0 and r > 1+ε, or Â < 0 and r < 1-ε; a ratio
+    that went the wrong way keeps its gradient.
     """
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     return jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
 
 
 def value_loss(value, target):
-    """½ E[(V - V_target)²], with the gradient V - V_target: value and target [M] -> scalar."""
+    """½ E[(V - V_target)²]; the ½ cancels the 2 of its gradient. value, target [M] -> scalar."""
     return 0.5 * jnp.mean((value - target) ** 2)
 
 
@@ -366,8 +373,8 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
 
-    So the critic's targets are of order 1 in every environment. The mean is not subtracted: a
-    constant taken from every reward would favour short or long episodes, and change the task.
+    So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
+    taken from every reward would favour short or long episodes, and change the task.
     """
     if stats is None:
         return reward
@@ -377,12 +384,12 @@ def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
 def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     """A new random order for each epoch, cut into minibatches: [num_epochs · num_minibatches, M].
 
-    `jax.random.permutation` sorts pairs, twice. Here the index sits in the low bits of a random
-    word, so that one sort of plain integers carries it along: three to seven times faster, where
-    shuffling is a third of all training time. Words whose random high bits agree keep the order of
-    their indices: with 8192 transitions those are some 60 of 33 million pairs. With a million they
-    are runs of about 256, which still matter little, since only a run that a minibatch boundary
-    divides is not divided at random.
+    `jax.random.permutation` sorts pairs, mostly twice, in up to a third of all training time. Here
+    the index sits in the low bits of a random word, and one sort of plain integers carries it
+    along: three to seven times faster. Words whose random high bits agree keep the order of their
+    indices: of 8192 transitions some 60 of 33 million pairs. A million has runs of about 256 such
+    words; even that matters little, since in each only what goes to either side of a minibatch
+    boundary is not left to chance.
     """
     index_bits = (batch_size - 1).bit_length()
     low = jnp.uint32(2**index_bits - 1)
@@ -400,7 +407,7 @@ def make_take(batch):
     in turn cheaper than a shuffled copy of the rollout per epoch. Whole numbers, such as discrete
     actions, lie in the matrix as floats, exact up to 2^24; `unravel` gives each its type back.
     """
-    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, F]
+    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, columns]
     _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
     return lambda indices: jax.vmap(unravel)(rows[indices])
 
@@ -417,7 +424,7 @@ class Environment(NamedTuple):
 
 
 def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
-    """What makes the Actor, and the policy's action -> the environment's: here they are equal."""
+    """Two functions: one makes the Actor, one maps its actions to the environment's, here equal."""
     from gymnax.environments import spaces  # here, for the reason given in make_env
 
     if isinstance(space, spaces.Box):
@@ -430,8 +437,8 @@ def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
 def make_env(env_id: str) -> Environment:
     """The gymnax environment of that name, vectorised. ValueError says why one cannot be used.
 
-    It is used only through what `gymnax.make` promises, `reset` and `step`, so environments that
-    were added by `gymnax.register`, wrapped ones too, work like the built-in ones.
+    It is used only through `reset`, `step` with its info["final_observation"], and the two spaces,
+    so environments added by `gymnax.register`, wrapped ones too, work like the built-in ones.
     """
     # Imported here, because gymnax computes on import, and --distributed has to come before that.
     import gymnax
@@ -571,8 +578,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             updates_done=jnp.asarray(0),
             key=key,
         )
-        # Some environments return weakly typed numbers. Left so, the state would change its type
-        # in the first update, and `update` would be compiled twice.
+        # Some environments return weakly typed numbers. Left so, the first update would change the
+        # state's type, and a loop over `jit(update)` would compile it twice.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     def env_step(state, keys):
@@ -622,7 +629,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             # E[(r - 1) - log r]: like -log r an unbiased estimate of KL(π_old ‖ π), but never
             # negative and of less variance (J. Schulman, "Approximating KL divergence", 2020).
             "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
-            # Of ratios outside the band, on either side; those on the wrong side have a gradient.
+            # The share of ratios outside [1-ε, 1+ε], also of those that keep their gradient.
             "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
         }
         objective = (
@@ -650,7 +657,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; this rollout's enter the statistics of the next iteration.
+        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
         # The reward scale may know the new returns at once: it is one factor for the whole rollout,
         # and V, which was learned in the old scale, is off by little once the statistics settle.
         # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
@@ -691,6 +698,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             "episodic_return": mean_of_ended(rollout.episode_return),
             "episodic_length": mean_of_ended(rollout.episode_length),
             **jax.tree.map(jnp.mean, losses),
+            # 1 if V foretold its targets exactly, 0 or less if it is no better than a constant.
             "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
@@ -720,8 +728,9 @@ def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
 def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
     """Play greedily (the mode of the policy), with the statistics frozen.
 
-    An environment that never ends an episode nor cuts it would be played for ever.
-    Returns the return and the length of each episode, both [num_episodes], unscaled.
+    Each of num_episodes environments plays one episode; what it does afterwards does not count.
+    An environment in which episodes neither end nor are cut would be played for ever.
+    Returns the sum of rewards, unscaled, and the length of each episode, both [num_episodes].
     """
     env = make_env(config.env_id)
     actor = env.make_actor(config.hidden_sizes, config.activation)
@@ -742,7 +751,8 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
 
     start = (jnp.ones(num_episodes, bool), jnp.zeros(num_episodes), jnp.zeros(num_episodes, int))
     start = (step_key, obs, env_state, *start)
-    *_, episode_return, episode_length = jax.lax.while_loop(lambda x: x[3].any(), step, start)
+    some_play = lambda carry: carry[3].any()
+    *_, episode_return, episode_length = jax.lax.while_loop(some_play, step, start)
     return episode_return, episode_length
 
 
@@ -753,7 +763,7 @@ EVALUATION_EPISODES = 100  # per seed
 
 
 def fail(message: object) -> None:
-    """End with a message and exit code 2, as for every mistake of the user's."""
+    """End with a message and exit code 2, as tyro does on wrong flags."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(2)  # a normal exit would wait for the other processes, and they for this one
@@ -774,7 +784,7 @@ def load_config(run_dir: str | Path) -> Config:
 
 
 def parse_command_line() -> Config:
-    """The configuration from flags, over the preset of the environment or the resumed run's."""
+    """The configuration: the environment's default, or the resumed run's, and the flags over it."""
     # A first pass finds only the two flags on which the defaults of the others depend.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--env-id", "--env_id", nargs="?")
@@ -845,7 +855,7 @@ def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
 def together(
     run_dir: Path | str | None, function: Callable, *arguments: Any, **options: Any
 ) -> Any:
-    """`function`, in which the processes wait for each other; if one is lost the others end.
+    """Call `function`, in which the processes wait for each other; if one is lost, exit.
 
     `run_dir` is what to resume then, None while a new run is being opened.
     """
@@ -899,7 +909,7 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
     mean = np.nanmean(returns, axis=1)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
     if config.num_seeds > 1:
-        # The standard error of the mean; of a lone seed there is none (nan), and no band is drawn.
+        # Student's interval; none (nan, not drawn) where in one seed alone an episode ended.
         others = np.isfinite(returns).sum(axis=1) - 1
         error = np.nanstd(returns, axis=1) / np.sqrt(np.maximum(others, 1))
         error *= scipy.stats.t.ppf(0.975, others)
@@ -994,11 +1004,12 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
 
 
 def check_finite(config: Config, first_update: int, metrics: dict, finite: np.ndarray) -> None:
-    """Raise FloatingPointError if a loss is not finite, or the weights are not.
+    """Raise FloatingPointError if a loss (TRPO: or the residual) or the weights are not finite.
 
     `metrics` are [num_seeds, updates]; `finite` [num_seeds] says whether a seed's weights are.
     """
-    losses = np.isfinite(sum(metrics[name] for name in metrics if name.endswith("_loss")))
+    watched = [metrics[name] for name in metrics if name.endswith(("_loss", "_residual"))]
+    losses = np.isfinite(sum(watched))
     if not losses.all():
         update = int(np.argmin(losses.all(axis=0)))
         seed = config.seed + int(np.argmin(losses[:, update]))
@@ -1058,8 +1069,8 @@ def main() -> None:
 
     handle(stop)
 
-    # Segments of equal length, about a hundredth of the run: one program serves them all. Donation
-    # lets the new state take the memory of the old one.
+    # Segments of equal length, so that one program serves them all: as long as divides the run, up
+    # to a hundredth of it. Donation lets the new state take the memory of the old one.
     longest = max(1, config.num_updates // 100)
     length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
 
@@ -1125,7 +1136,7 @@ def main() -> None:
 
     handle(signal.SIG_DFL)  # all is saved: nothing left to protect
     play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
-    # Keys of a stream of their own. `split(key, n)[i]` is `fold_in(key, i)`, and no n is so large.
+    # Keys that training never had: split(key, n)[i] is fold_in(key, i), but no n is so large.
     play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
     returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
     if first_process:

@@ -4,7 +4,7 @@ The setting: in step t an agent sees s_t, draws an action a_t from its policy π
 reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
 E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
 estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
-makes each action more probable in proportion to its advantage.
+makes an action more probable in proportion to its advantage, or less where that is negative.
 
 This is the other half of the PPO paper (Schulman et al. 2017, arXiv:1707.06347, section 4). TRPO
 improves a stochastic policy π by maximising, on data of a slightly older π_old, the surrogate
@@ -30,8 +30,9 @@ each update d = E[KL(π_old ‖ π_θ)] is measured on the whole rollout, and th
     β / 2   if d < d_targ / 1.5,      2 β   if d > 1.5 d_targ,      else β.           (section 4)
 
 As far as the optimum is reached d falls with 1/β²: one step of the controller changes it by a
-factor of four, and β comes to follow β* within some updates, wherever it starts. (As the learning
-rate goes to zero so does d, whatever β; then β falls to its lower bound.) The KL divergence is the
+factor of four, more than the 1.5² from edge to edge of the band. So β comes within a factor of 1.64
+of β*, wherever it starts, and may go to and fro between two values there. (As the learning rate
+goes to zero so does d, whatever β; then β falls towards its lower bound.) The KL divergence is the
 exact one between the stored and the new distribution, not an estimate from the sampled actions. Its
 direction matters: π_θ must not become unlikely where π_old acts. In a state with advantages A(a),
 the objective Σ π A - β KL is largest at π = β π_old / (ν - A), with ν such that π sums to one: no
@@ -56,8 +57,9 @@ Departures from the paper, explained where they occur: β is clamped, and kept i
 time limit is not the end of an episode for the value function; advantages are normalised per
 minibatch; observations and rewards are scaled by running statistics; the gradient norm is clipped;
 Adam's ε is 1e-5 and its learning rate falls; weights start orthogonal; the value loss has a ½;
-continuous actions are clipped and stretched to the bounds. "Huang et al." is "The 37 Implementation
-Details of PPO" (2022).
+continuous actions are clipped and stretched to the bounds. The factor γ^t that the policy gradient
+of a discounted return gives to step t is left out, as usual: late steps count in full. "Huang et
+al." is "The 37 Implementation Details of Proximal Policy Optimization" (2022).
 """
 
 import argparse
@@ -119,7 +121,7 @@ class Config:
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
     resume: str | None = None  # directory of an earlier run to continue, with its configuration
-    distributed: bool = False  # be one of several processes, found by jax.distributed
+    distributed: bool = False  # run as one of several processes, which jax.distributed joins
 
     @property
     def batch_size(self) -> int:
@@ -137,7 +139,7 @@ class Config:
         return self.total_timesteps // self.batch_size
 
     def __post_init__(self):
-        """Raise ValueError on values that cannot work; traced ones (under vmap) pass unseen."""
+        """Raise ValueError on values that cannot work; traced floats (under vmap) pass unseen."""
         zero_allowed = {"seed", "gamma", "gae_lambda", "beta", "vf_coef"}
         for name, value in vars(self).items():
             for number in value if isinstance(value, tuple) else (value,):
@@ -172,7 +174,7 @@ PRESETS: dict[str, dict[str, Any]] = {"Swimmer-misc": dict(normalize_obs=False)}
 
 
 def default_config(env_id: str | None = None) -> Config:
-    """The configuration that the command line starts from: the defaults and the preset."""
+    """The defaults and the preset, as the command line has them; Config(...) ignores the preset."""
     env_id = env_id or Config.env_id
     family = env_id.rpartition("-")[2]
     return Config(env_id=env_id, **PRESETS.get(family, {}) | PRESETS.get(env_id, {}))
@@ -250,8 +252,8 @@ class DiagGaussian(NamedTuple):
 def orthogonal(scale: float) -> Callable:
     """Initialiser: `scale` times a uniformly distributed matrix with orthonormal rows or columns.
 
-    Such a matrix keeps the length of what passes through it, forwards and backwards; √2 makes up
-    for what a hidden layer's nonlinearity takes away (detail 2 of Huang et al.).
+    A square one keeps the length of what passes through it, forwards and backwards; √2 makes up
+    for the half that ReLU takes away, and is customary with tanh, too (detail 2 of Huang et al.).
 
     The usual QR decomposition is a batched LAPACK call under vmap, and several of those in one
     program can deadlock on a machine with few cores (jax 0.10). The polar factor of a Gaussian
@@ -263,7 +265,7 @@ def orthogonal(scale: float) -> Callable:
     def init(key, shape, dtype=jnp.float32):
         x = jax.random.normal(key, shape, dtype)  # [fan_in, fan_out]
         with jax.default_matmul_precision("highest"):
-            step = lambda _, x: 1.5 * x - 0.5 * x @ (x.T @ x)
+            step = lambda _, y: 1.5 * y - 0.5 * y @ (y.T @ y)
             return scale * jax.lax.fori_loop(0, 40, step, x / jnp.linalg.norm(x))
 
     return init
@@ -317,8 +319,9 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
     δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
-    "bootstrap". The sum of all later δ, each weighted by γλ once more, trusts the rewards seen (λ =
-    1, unbiased but noisy), V (λ = 0, the reverse), or something in between.
+    "bootstrap". With λ = 1 every later V cancels in the sum of the δ: it trusts the rewards seen,
+    and V only where they stop (little bias, much noise). With λ = 0 it is δ_t alone (the reverse).
+    (The last exponent of eq. 11 is misprinted in the paper as T-t+1.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
@@ -342,18 +345,18 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the data of one step, so that it does not depend on the scale of
-    the rewards (in OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M] -> [M]."""
+    """Mean 0 and deviation 1 over the data of one gradient step, which then does not depend on the
+    scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def surrogate(ratio, advantage):
-    """L = E[r Â] (TRPO eq. 14, PPO eq. 6), to be maximised: ratio and advantage [B] -> scalar."""
+    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: two [B] -> scalar."""
     return jnp.mean(ratio * advantage)
 
 
 def value_loss(value, target):
-    """½ E[(V - V_target)²], with the gradient V - V_target: value and target [M] -> scalar."""
+    """½ E[(V - V_target)²]; the ½ cancels the 2 of its gradient. value, target [M] -> scalar."""
     return 0.5 * jnp.mean((value - target) ** 2)
 
 
@@ -405,8 +408,8 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
 
-    So the critic's targets are of order 1 in every environment. The mean is not subtracted: a
-    constant taken from every reward would favour short or long episodes, and change the task.
+    So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
+    taken from every reward would favour short or long episodes, and change the task.
     """
     if stats is None:
         return reward
@@ -416,12 +419,12 @@ def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
 def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     """A new random order for each epoch, cut into minibatches: [num_epochs · num_minibatches, M].
 
-    `jax.random.permutation` sorts pairs, twice. Here the index sits in the low bits of a random
-    word, so that one sort of plain integers carries it along: three to seven times faster, where
-    shuffling is a third of all training time. Words whose random high bits agree keep the order of
-    their indices: with 8192 transitions those are some 60 of 33 million pairs. With a million they
-    are runs of about 256, which still matter little, since only a run that a minibatch boundary
-    divides is not divided at random.
+    `jax.random.permutation` sorts pairs, mostly twice, in up to a third of all training time. Here
+    the index sits in the low bits of a random word, and one sort of plain integers carries it
+    along: three to seven times faster. Words whose random high bits agree keep the order of their
+    indices: of 8192 transitions some 60 of 33 million pairs. A million has runs of about 256 such
+    words; even that matters little, since in each only what goes to either side of a minibatch
+    boundary is not left to chance.
     """
     index_bits = (batch_size - 1).bit_length()
     low = jnp.uint32(2**index_bits - 1)
@@ -439,7 +442,7 @@ def make_take(batch):
     in turn cheaper than a shuffled copy of the rollout per epoch. Whole numbers, such as discrete
     actions, lie in the matrix as floats, exact up to 2^24; `unravel` gives each its type back.
     """
-    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, F]
+    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, columns]
     _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
     return lambda indices: jax.vmap(unravel)(rows[indices])
 
@@ -493,8 +496,8 @@ def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
 def make_env(env_id: str) -> Environment:
     """The gymnax environment of that name, vectorised. ValueError says why one cannot be used.
 
-    It is used only through what `gymnax.make` promises, `reset` and `step`, so environments that
-    were added by `gymnax.register`, wrapped ones too, work like the built-in ones.
+    It is used only through `reset`, `step` with its info["final_observation"], and the two spaces,
+    so environments added by `gymnax.register`, wrapped ones too, work like the built-in ones.
     """
     # Imported here, because gymnax computes on import, and --distributed has to come before that.
     import gymnax
@@ -636,8 +639,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             updates_done=jnp.asarray(0),
             key=key,
         )
-        # Some environments return weakly typed numbers. Left so, the state would change its type
-        # in the first update, and `update` would be compiled twice.
+        # Some environments return weakly typed numbers. Left so, the first update would change the
+        # state's type, and a loop over `jit(update)` would compile it twice.
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     def env_step(state, keys):
@@ -702,7 +705,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; this rollout's enter the statistics of the next iteration.
+        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
         # The reward scale may know the new returns at once: it is one factor for the whole rollout,
         # and V, which was learned in the old scale, is off by little once the statistics settle.
         # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
@@ -752,6 +755,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             **jax.tree.map(jnp.mean, losses),
             "kl": kl,
             "beta": state.beta,
+            # 1 if V foretold its targets exactly, 0 or less if it is no better than a constant.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
@@ -782,8 +786,9 @@ def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
 def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
     """Play greedily (the mode of the policy), with the statistics frozen.
 
-    An environment that never ends an episode nor cuts it would be played for ever.
-    Returns the return and the length of each episode, both [num_episodes], unscaled.
+    Each of num_episodes environments plays one episode; what it does afterwards does not count.
+    An environment in which episodes neither end nor are cut would be played for ever.
+    Returns the sum of rewards, unscaled, and the length of each episode, both [num_episodes].
     """
     env = make_env(config.env_id)
     actor = env.make_actor(config.hidden_sizes, config.activation)
@@ -804,7 +809,8 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
 
     start = (jnp.ones(num_episodes, bool), jnp.zeros(num_episodes), jnp.zeros(num_episodes, int))
     start = (step_key, obs, env_state, *start)
-    *_, episode_return, episode_length = jax.lax.while_loop(lambda x: x[3].any(), step, start)
+    some_play = lambda carry: carry[3].any()
+    *_, episode_return, episode_length = jax.lax.while_loop(some_play, step, start)
     return episode_return, episode_length
 
 
@@ -815,7 +821,7 @@ EVALUATION_EPISODES = 100  # per seed
 
 
 def fail(message: object) -> None:
-    """End with a message and exit code 2, as for every mistake of the user's."""
+    """End with a message and exit code 2, as tyro does on wrong flags."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         os._exit(2)  # a normal exit would wait for the other processes, and they for this one
@@ -836,7 +842,7 @@ def load_config(run_dir: str | Path) -> Config:
 
 
 def parse_command_line() -> Config:
-    """The configuration from flags, over the preset of the environment or the resumed run's."""
+    """The configuration: the environment's default, or the resumed run's, and the flags over it."""
     # A first pass finds only the two flags on which the defaults of the others depend.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--env-id", "--env_id", nargs="?")
@@ -907,7 +913,7 @@ def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
 def together(
     run_dir: Path | str | None, function: Callable, *arguments: Any, **options: Any
 ) -> Any:
-    """`function`, in which the processes wait for each other; if one is lost the others end.
+    """Call `function`, in which the processes wait for each other; if one is lost, exit.
 
     `run_dir` is what to resume then, None while a new run is being opened.
     """
@@ -961,7 +967,7 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
     mean = np.nanmean(returns, axis=1)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
     if config.num_seeds > 1:
-        # The standard error of the mean; of a lone seed there is none (nan), and no band is drawn.
+        # Student's interval; none (nan, not drawn) where in one seed alone an episode ended.
         others = np.isfinite(returns).sum(axis=1) - 1
         error = np.nanstd(returns, axis=1) / np.sqrt(np.maximum(others, 1))
         error *= scipy.stats.t.ppf(0.975, others)
@@ -1056,11 +1062,12 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
 
 
 def check_finite(config: Config, first_update: int, metrics: dict, finite: np.ndarray) -> None:
-    """Raise FloatingPointError if a loss is not finite, or the weights are not.
+    """Raise FloatingPointError if a loss (TRPO: or the residual) or the weights are not finite.
 
     `metrics` are [num_seeds, updates]; `finite` [num_seeds] says whether a seed's weights are.
     """
-    losses = np.isfinite(sum(metrics[name] for name in metrics if name.endswith("_loss")))
+    watched = [metrics[name] for name in metrics if name.endswith(("_loss", "_residual"))]
+    losses = np.isfinite(sum(watched))
     if not losses.all():
         update = int(np.argmin(losses.all(axis=0)))
         seed = config.seed + int(np.argmin(losses[:, update]))
@@ -1120,8 +1127,8 @@ def main() -> None:
 
     handle(stop)
 
-    # Segments of equal length, about a hundredth of the run: one program serves them all. Donation
-    # lets the new state take the memory of the old one.
+    # Segments of equal length, so that one program serves them all: as long as divides the run, up
+    # to a hundredth of it. Donation lets the new state take the memory of the old one.
     longest = max(1, config.num_updates // 100)
     length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
 
@@ -1187,7 +1194,7 @@ def main() -> None:
 
     handle(signal.SIG_DFL)  # all is saved: nothing left to protect
     play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
-    # Keys of a stream of their own. `split(key, n)[i]` is `fold_in(key, i)`, and no n is so large.
+    # Keys that training never had: split(key, n)[i] is fold_in(key, i), but no n is so large.
     play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
     returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
     if first_process:

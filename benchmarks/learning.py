@@ -57,6 +57,7 @@ ROWS = [  # environment, steps per seed, seeds, best published figure
     ("FourRooms-misc", 100_000, 10, "1.0"),
     ("DeepSea-bsuite", 200_000, 10, "0"),
     ("FrozenLake-misc", 300_000, 10, "-"),
+    ("Pong-misc", 50_000, 10, "-"),
     ("Reacher-misc", 1_000_000, 10, "-"),
     ("PointRobot-misc", 1_000_000, 10, "-"),
     ("Swimmer-misc", 1_000_000, 10, "-"),
@@ -66,6 +67,7 @@ MINATAR = [  # the clipped objective only, which has a preset for them
     ("SpaceInvaders-MinAtar", 10_000_000, 3, "170 (10M, PPO, PureJaxRL)"),
     ("Asterix-MinAtar", 10_000_000, 3, "17.8 (10M, PPO, gymnax-blines)"),
     ("Freeway-MinAtar", 10_000_000, 3, "61.8 (10M, PPO, gymnax-blines)"),
+    ("Seaquest-MinAtar", 10_000_000, 3, "-"),
 ]
 CURVES = [  # panels of the figure
     ("CartPole-v1", 100_000),

@@ -299,6 +299,24 @@ def test_a_rejected_step_leaves_the_bits(improvement, kl):
     assert result.improvement == 0 and result.kl == 0
 
 
+def test_no_step_is_no_improvement():
+    # What looks like one is rounding: the old surrogate was computed by another program.
+    result = trpo.line_search(lambda theta: (1e-9, 0.0), jnp.ones(2), jnp.zeros(2), 0.01, 10, 0.8)
+    assert not result.accepted and result.tries == 10 and result.improvement == 0
+
+
+def test_a_gradient_that_is_not_finite_gives_no_step_but_is_noticed():
+    gradient = jnp.array([1.0, jnp.nan])
+    step, residual = trpo.trust_region_step(lambda v: v, gradient, 0.01, 0.1, 10)
+    assert (step == 0).all() and jnp.isnan(residual)
+    metrics = {"value_loss": np.zeros((2, 3)), "cg_residual": np.zeros((2, 3))}
+    config = Config(seed=5)
+    trpo.check_finite(config, 10, metrics, np.ones(2, bool))
+    metrics["cg_residual"][1, 2] = residual
+    with pytest.raises(FloatingPointError, match="seed 6 is not finite in update 13"):
+        trpo.check_finite(config, 10, metrics, np.ones(2, bool))
+
+
 def test_a_step_that_is_not_finite_is_rejected():
     measure = lambda theta: (jnp.asarray(1.0), jnp.asarray(0.0))
     result = trpo.line_search(measure, jnp.zeros(2), jnp.array([1.0, jnp.inf]), 0.01, 10, 0.8)
