@@ -1,15 +1,15 @@
-"""The best that any policy can do in Pendulum-v1 and MountainCar-v0, by dynamic programming.
+"""The best that any policy can do in three environments, by dynamic programming.
 
-    python benchmarks/optimum.py
+    python benchmarks/optimum.py                 # about five minutes
     python benchmarks/optimum.py --seed 1000     # for seeds 1000 to 1009, and 1000 to 1299
 
-Their dynamics are known, deterministic, and have a state of two numbers. So the largest return of
-the next k steps, V_k(s) = max_a [r(s, a) + V_{k-1}(s')], can be computed on a grid with linear
-interpolation, up to the 200 steps that an episode lasts at most. Two figures for the episodes that
-`evaluate` plays stand side by side: V_200 of their first states, and the return of playing the best
-actions by V_200, which a policy can really have. Where both agree, that is the optimum, up to the
-grid. For ten seeds (0 to 9 are those of the README's table) it is the interquartile mean, for many
-the mean and its error.
+The dynamics of Pendulum and both MountainCars are known, deterministic, and have a state of two
+numbers. So the largest return of the next k steps, V_k(s) = max_a [r(s, a) + γ V_{k-1}(s')], can be
+computed on a grid with linear interpolation, up to the steps that an episode lasts at most. Printed
+is the return, not discounted, of playing the best actions by V in the episodes that `evaluate`
+plays: for γ = 1 the optimum, which V of their first states confirms, up to the grid; for smaller γ
+what an agent can expect that learns perfectly what it is told to. For ten seeds (0 to 9 are those
+of the README's table) it is the interquartile mean, for many the mean and its error.
 """
 
 import argparse
@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_continuous
 import ppo_discrete
 
-STEPS = 200  # of an episode at most
 SEEDS = 300  # a hundred episodes each
 
 
@@ -38,6 +37,8 @@ class Task(NamedTuple):
     y: jax.Array  # of the velocity
     actions: jax.Array
     observe: Callable  # the first observation [..., D] -> x, y
+    limit: int  # of an episode's steps
+    discounts: tuple[float, ...]
 
 
 def step_pendulum(angle, speed, torque):
@@ -57,6 +58,16 @@ def step_mountain_car(position, velocity, action):
     return position, velocity, -1.0, (position >= 0.5) & (velocity >= 0)
 
 
+def step_continuous_car(position, velocity, force):
+    """Unlike the other car it keeps its velocity at the wall on the left."""
+    velocity = velocity + force * 0.0015 - jnp.cos(3 * position) * 0.0025
+    velocity = jnp.clip(velocity, -0.07, 0.07)
+    position = jnp.clip(position + velocity, -1.2, 0.6)
+    ended = (position >= 0.45) & (velocity >= 0)
+    velocity = jnp.where((position >= 0.45) & (velocity < 0), 0.0, velocity)
+    return position, velocity, 100.0 * ended - 0.1 * force**2, ended
+
+
 TASKS = {
     "Pendulum-v1": Task(
         script=ppo_continuous,
@@ -65,6 +76,8 @@ TASKS = {
         y=jnp.linspace(-8.0, 8.0, 241),
         actions=jnp.linspace(-2.0, 2.0, 41),
         observe=lambda obs: (jnp.arctan2(obs[..., 1], obs[..., 0]), obs[..., 2]),
+        limit=200,
+        discounts=(1.0, 0.99),
     ),
     "MountainCar-v0": Task(
         script=ppo_discrete,
@@ -73,6 +86,18 @@ TASKS = {
         y=jnp.linspace(-0.07, 0.07, 601),
         actions=jnp.arange(3.0),
         observe=lambda obs: (obs[..., 0], obs[..., 1]),
+        limit=200,
+        discounts=(1.0,),  # the shortest way is the best for all
+    ),
+    "MountainCarContinuous-v0": Task(
+        script=ppo_continuous,
+        step=step_continuous_car,
+        x=jnp.linspace(-1.2, 0.6, 401),
+        y=jnp.linspace(-0.07, 0.07, 301),
+        actions=jnp.linspace(-1.0, 1.0, 41),
+        observe=lambda obs: (obs[..., 0], obs[..., 1]),
+        limit=999,
+        discounts=(1.0, 0.999, 0.995, 0.99),
     ),
 }
 
@@ -84,48 +109,52 @@ def interpolate(task, table, x, y):
     return jax.scipy.ndimage.map_coordinates(table, [row, column], order=1, mode="nearest")
 
 
-def returns(task, table, x, y):
-    """r + V(s') of every action, [..., actions]."""
+def returns(task, discount, table, x, y):
+    """r + γ V(s') of every action, [..., actions]."""
     x, y, reward, ended = task.step(x[..., None], y[..., None], task.actions)
-    return reward + jnp.where(ended, 0.0, interpolate(task, table, x, y))
+    return reward + discount * jnp.where(ended, 0.0, interpolate(task, table, x, y))
 
 
-def solve(task):
-    """V_200 on the grid."""
+def solve(task, discount):
+    """V on the grid, with all steps of an episode to go."""
     x, y = jnp.meshgrid(task.x, task.y, indexing="ij")
-    backwards = lambda _, table: returns(task, table, x, y).max(axis=-1)
-    return jax.lax.fori_loop(0, STEPS, backwards, jnp.zeros(x.shape))
+    backwards = lambda _, table: returns(task, discount, table, x, y).max(axis=-1)
+    return jax.lax.fori_loop(0, task.limit, backwards, jnp.zeros(x.shape))
 
 
-def play(task, env_id, table, seed):
-    """For the evaluation episodes of a seed: mean of V_200 at the start, mean return of playing."""
+def play(task, env_id, discount, table, seed):
+    """For the evaluation episodes of a seed: mean of V at the start, mean return of playing."""
     reset_key, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), 2**31))
     keys = jax.random.split(reset_key, task.script.EVALUATION_EPISODES)
     obs, _ = task.script.make_env(env_id).reset(keys)
 
-    def forwards(carry, _):
-        x, y, playing = carry
-        best = returns(task, table, x, y).argmax(axis=-1)
+    def forwards(carry):
+        x, y, playing, steps, score = carry
+        best = returns(task, discount, table, x, y).argmax(axis=-1)
         x, y, reward, ended = task.step(x, y, task.actions[best])
-        return (x, y, playing & jnp.logical_not(ended)), reward * playing
+        return x, y, playing & jnp.logical_not(ended), steps + 1, score + reward * playing
 
     start = task.observe(obs)
-    playing = jnp.ones(start[0].shape, bool)
-    _, rewards = jax.lax.scan(forwards, (*start, playing), None, STEPS)
-    return interpolate(task, table, *start).mean(), rewards.sum(axis=0).mean()
+    playing, score = jnp.ones(start[0].shape, bool), jnp.zeros(start[0].shape)
+    *_, score = jax.lax.while_loop(
+        lambda carry: carry[2].any() & (carry[3] < task.limit),
+        forwards,
+        (*start, playing, 0, score),
+    )
+    return interpolate(task, table, *start).mean(), score.mean()
 
 
-def report(env_id, task, first):
+def report(env_id, task, discount, first):
     """Print one line, about ten seeds of the command line and about SEEDS of them."""
-    table = jax.jit(lambda: solve(task))()
-    both = jax.lax.map(lambda seed: play(task, env_id, table, seed), first + jnp.arange(SEEDS))
-    values, scores = map(np.asarray, both)
+    table = jax.jit(lambda: solve(task, discount))()
+    one = lambda seed: play(task, env_id, discount, table, seed)
+    values, scores = map(np.asarray, jax.lax.map(one, first + jnp.arange(SEEDS)))
     middle = lambda x: scipy.stats.trim_mean(x[:10], 0.25)  # interquartile, of ten seeds
     error = scores.std() / SEEDS**0.5
     print(
-        f"{env_id}: seeds {first} to {first + 9} "
-        f"{middle(scores):.2f} (V_200 {middle(values):.2f}), "
-        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f} (V_200 {values.mean():.2f})",
+        f"{env_id}, γ = {discount}: "
+        f"seeds {first} to {first + 9} {middle(scores):.2f} (V {middle(values):.2f}), "
+        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f} (V {values.mean():.2f})",
         flush=True,
     )
 
@@ -135,4 +164,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0, help="the first of them")
     first = parser.parse_args().seed
     for env_id, task in TASKS.items():
-        report(env_id, task, first)
+        for discount in task.discounts:
+            report(env_id, task, discount, first)

@@ -50,3 +50,12 @@ def test_mountain_car():
         return action, action
 
     assert compare("MountainCar-v0", act) > 0
+
+
+def test_continuous_mountain_car():
+    def act(key, x, y):
+        noise = jax.random.uniform(key, (1,), minval=-0.5, maxval=0.2)
+        push = jnp.where(y >= 0, 1 + noise, -1 - noise)  # beyond the bounds, too
+        return push, jnp.clip(push[0], -1, 1)
+
+    assert compare("MountainCarContinuous-v0", act) > 0
