@@ -22,7 +22,7 @@ sample that moved in the wrong direction is always pulled back.
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
 
-γ < 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
+γ ≤ 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
 S the entropy; c_1 and c_2 are weights. The sum stops where an episode ends, and V is zero after a
 true end.
 
@@ -160,7 +160,13 @@ class Config:
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 # A swimmer may drift hundreds of units away, out of an arena of two: after one such episode the
 # statistics of the observations leave no resolution for where it should be.
-PRESETS: dict[str, dict[str, Any]] = {"Swimmer-misc": dict(normalize_obs=False)}
+# On MountainCarContinuous haste costs energy: whoever discounts by 0.99 can return 94.3 at best,
+# by 0.999 95.8 (benchmarks/optimum.py). PPO with the clip reaches 93.9 and 95.7 after 1M steps,
+# 93.5 and 93.0 after 100k.
+PRESETS: dict[str, dict[str, Any]] = {
+    "Swimmer-misc": dict(normalize_obs=False),
+    "MountainCarContinuous-v0": dict(gamma=0.999),
+}
 
 
 def default_config(env_id: str | None = None) -> Config:

@@ -22,7 +22,7 @@ sample that moved in the wrong direction is always pulled back.
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
 
-γ < 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
+γ ≤ 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
 S the entropy; c_1 and c_2 are weights. The sum stops where an episode ends, and V is zero after a
 true end.
 

@@ -7,8 +7,8 @@ The dynamics of Pendulum and both MountainCars are known, deterministic, and hav
 numbers. So the largest return of the next k steps, V_k(s) = max_a [r(s, a) + γ V_{k-1}(s')], can be
 computed on a grid with linear interpolation, up to the steps that an episode lasts at most. Printed
 is the return, not discounted, of playing the best actions by V in the episodes that `evaluate`
-plays: for γ = 1 the optimum, which V of their first states confirms, up to the grid; for smaller γ
-what an agent can expect that learns perfectly what it is told to. For ten seeds (0 to 9 are those
+plays: for γ = 1 the optimum, confirmed by V of their first states, up to the grid; for smaller γ
+what an agent gets that learns perfectly what it is told to. For ten seeds (0 to 9 are those
 of the README's table) it is the interquartile mean, for many the mean and its error.
 """
 
@@ -149,12 +149,12 @@ def report(env_id, task, discount, first):
     table = jax.jit(lambda: solve(task, discount))()
     one = lambda seed: play(task, env_id, discount, table, seed)
     values, scores = map(np.asarray, jax.lax.map(one, first + jnp.arange(SEEDS)))
-    middle = lambda x: scipy.stats.trim_mean(x[:10], 0.25)  # interquartile, of ten seeds
+    ten = scipy.stats.trim_mean(scores[:10], 0.25)
     error = scores.std() / SEEDS**0.5
     print(
-        f"{env_id}, γ = {discount}: "
-        f"seeds {first} to {first + 9} {middle(scores):.2f} (V {middle(values):.2f}), "
-        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f} (V {values.mean():.2f})",
+        f"{env_id}, γ = {discount}: seeds {first} to {first + 9} {ten:.2f}, "
+        f"{SEEDS} seeds {scores.mean():.2f} ± {error:.2f}"
+        + (f" (V {values.mean():.2f})" if discount == 1 else ""),
         flush=True,
     )
 
