@@ -819,8 +819,8 @@ def join_processes() -> None:
     except (ValueError, TypeError, RuntimeError) as error:
         fail(
             f"cannot join the other processes: {error}\n"
-            "Slurm, Open MPI, Kubernetes and TPU are recognised; elsewhere set for each process "
-            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+            "Slurm, Open MPI, TPU and (with jax[k8s]) Kubernetes are found; elsewhere set for each "
+            "process JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
         )
     # Orbax's threads log the loss of a process with a traceback; `together` says it in two lines.
     logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -170,9 +170,9 @@ class Config:
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 # A swimmer may drift hundreds of units away, out of an arena of two: after one such episode the
 # statistics of the observations leave no resolution for where it should be.
-# On MountainCarContinuous haste costs energy: whoever discounts by 0.99 can return 94.3 at best,
-# by 0.999 95.8 (benchmarks/optimum.py). PPO with the clip reaches 93.9 and 95.7 after 1M steps,
-# 93.5 and 93.0 after 100k.
+# On MountainCarContinuous haste costs energy: who is perfect for a discount of 0.99 returns 94.3,
+# for 0.999 95.8 (benchmarks/optimum.py). PPO with the clip returns 93.9 and 95.6 after 1M steps,
+# 93.5 and 92.8 after 100k.
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
@@ -883,8 +883,8 @@ def join_processes() -> None:
     except (ValueError, TypeError, RuntimeError) as error:
         fail(
             f"cannot join the other processes: {error}\n"
-            "Slurm, Open MPI, Kubernetes and TPU are recognised; elsewhere set for each process "
-            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
+            "Slurm, Open MPI, TPU and (with jax[k8s]) Kubernetes are found; elsewhere set for each "
+            "process JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
         )
     # Orbax's threads log the loss of a process with a traceback; `together` says it in two lines.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
