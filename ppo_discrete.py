@@ -23,8 +23,8 @@ sample that moved in the wrong direction is always pulled back.
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
 
 γ ≤ 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
-S the entropy; c_1 and c_2 are weights. The sum stops where an episode ends, and V is zero after a
-true end.
+S the entropy; c_1 and c_2 are weights. The sum (11) stops where an episode ends, and after a true
+end V(s_{t+1}) counts as zero.
 
 Each iteration rolls out N environments for T steps, estimates Â, and takes K epochs of minibatch
 steps with Adam. `train(config, key)` does all of it, environments included, in one pure function:

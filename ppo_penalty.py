@@ -357,7 +357,7 @@ def normalize_advantage(advantage):
 
 
 def surrogate(ratio, advantage):
-    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: two [B] -> scalar."""
+    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
     return jnp.mean(ratio * advantage)
 
 

@@ -359,7 +359,7 @@ def normalize_advantage(advantage):
 
 
 def surrogate(ratio, advantage):
-    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: two [B] -> scalar."""
+    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
     return jnp.mean(ratio * advantage)
 
 
@@ -397,8 +397,8 @@ def conjugate_gradient(product, b, num_iterations):
     """Solve F x = b, for F symmetric and positive definite, known through `product(v) = F v`.
 
     Hestenes & Stiefel 1952: each direction is conjugate to all before, so that no iteration undoes
-    another and P of them would be exact, but for rounding. Far fewer are, where the eigenvalues lie
-    close together, as damping makes the small ones do. b [P] -> x [P] and the residual b - F x [P].
+    another and P of them would be exact, but for rounding. Far fewer come near if most eigenvalues
+    are alike, as damping makes the small ones. b [P] -> x [P] and the residual b - F x [P].
     """
 
     def iteration(carry, _):

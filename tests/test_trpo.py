@@ -317,6 +317,14 @@ def test_a_gradient_that_is_not_finite_gives_no_step_but_is_noticed():
         trpo.check_finite(config, 10, metrics, np.ones(2, bool))
 
 
+def test_the_step_of_the_actor_multiplies_exactly(keys):
+    # On the CPU all precisions are alike; GPUs and TPUs cut float32 short unless told otherwise.
+    init, update = make_train(Config(num_envs=2, num_steps=8))
+    program = str(jax.make_jaxpr(update)(jax.eval_shape(init, keys(1)[0]), None))
+    exact = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+    assert 0 < exact < program.count("dot_general[")  # not those of the rollout and of the critic
+
+
 def test_a_step_that_is_not_finite_is_rejected():
     measure = lambda theta: (jnp.asarray(1.0), jnp.asarray(0.0))
     result = trpo.line_search(measure, jnp.zeros(2), jnp.array([1.0, jnp.inf]), 0.01, 10, 0.8)
