@@ -41,12 +41,12 @@ under vmap a seed axis stands in front.
 
 Departures from the paper, explained where they occur: a time limit is not the end of an episode for
 the value function; advantages are normalised per minibatch; rewards, and observations on request,
-are scaled by running statistics; the gradient norm is clipped; Adam's ε is 1e-5; weights start
-orthogonal; the value loss has a ½, and a clip on request. All but the first are among the details
-of Huang et al. 2022 ("The 37 Implementation Details of Proximal Policy Optimization"), most of them
-measured by Engstrom et al. 2020 and Andrychowicz et al. 2020. The factor γ^t that the policy
-gradient of a discounted return gives to step t is left out, as usual: late steps count in full. The
-entropy bonus is there but off (c_2 = 0) unless the environment needs it.
+are scaled by running statistics and clipped; the learning rate falls to zero; the gradient norm is
+clipped; Adam's ε is 1e-5; weights start orthogonal; the value loss has a ½, and a clip on request.
+Most are among the details of Huang et al. 2022 ("The 37 Implementation Details of Proximal Policy
+Optimization") and were measured by Engstrom et al. 2020 or Andrychowicz et al. 2020. The factor γ^t
+that the policy gradient of a discounted return gives to step t is left out, as usual: late steps
+count in full. The entropy bonus is there but off (c_2 = 0) unless the environment needs it.
 """
 
 import argparse
@@ -101,8 +101,8 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1); Adam undoes it unless norms are clipped
-    max_grad_norm: float = 2.0  # a gradient whose norm is larger is scaled down to this
+    vf_coef: float = 0.5  # weight of the value loss (c_1); matters where the norm is clipped
+    max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = False  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
@@ -374,7 +374,8 @@ def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
 
     So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
-    taken from every reward would favour short or long episodes, and change the task.
+    taken from every reward would favour short or long episodes, and change the task. So does the
+    clip where one reward exceeds ten deviations, such as one for a goal after hundreds of steps.
     """
     if stats is None:
         return reward
@@ -458,6 +459,8 @@ def make_env(env_id: str) -> Environment:
         raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
     action_space = env.action_space(env_params)
     obs_space = env.observation_space(env_params)
+    if isinstance(obs_space, spaces.Dict | spaces.Tuple):
+        raise ValueError(f"{env_id} has observations of several parts: not supported")
     make_actor, to_env_action = action_interface(env_id, action_space)
 
     def observe(obs):
@@ -687,7 +690,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         indices = shuffled_indices(
             shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
         )
-        (params, opt_state), losses = jax.lax.scan(
+        (params, opt_state), step_metrics = jax.lax.scan(
             partial(minibatch_step, make_take(batch)), (state.params, state.opt_state), indices
         )
 
@@ -697,7 +700,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         metrics = {
             "episodic_return": mean_of_ended(rollout.episode_return),
             "episodic_length": mean_of_ended(rollout.episode_length),
-            **jax.tree.map(jnp.mean, losses),
+            **jax.tree.map(jnp.mean, step_metrics),
             # 1 if V foretold its targets exactly, 0 or less if it is no better than a constant.
             "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
@@ -1042,9 +1045,13 @@ def main() -> None:
         jax.eval_shape(jax.vmap(init), keys),
     )
     run_dir, checkpoints, state, updates_done = together(config.resume, open_run, config, shapes)
-    save = lambda step, state: together(
-        run_dir, checkpoints.save, step, args=ocp.args.StandardSave(state)
-    )
+
+    def save(step, state):
+        try:
+            together(run_dir, checkpoints.save, step, args=ocp.args.StandardSave(state))
+        except ValueError as error:  # what TensorStore makes of a full disk
+            raise OSError(error) from error
+
     # Arrays that are spread over the processes become whole NumPy arrays in each of them. NumPy
     # arrays, which each process has one of, are joined along their first axis.
     gather = partial(together, run_dir, multihost_utils.process_allgather, tiled=True)
@@ -1069,8 +1076,8 @@ def main() -> None:
 
     handle(stop)
 
-    # Segments of equal length, so that one program serves them all: as long as divides the run, up
-    # to a hundredth of it. Donation lets the new state take the memory of the old one.
+    # One program serves all segments, since they have the same length: the largest divisor of the
+    # number of updates up to a hundredth of it. Donation lets the new state take the old memory.
     longest = max(1, config.num_updates // 100)
     length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
 
@@ -1105,16 +1112,21 @@ def main() -> None:
         # that all do the same.
         asked = np.array([[len(signals) > 0, time.perf_counter() - saved > CHECKPOINT_SECONDS]])
         stopping, saving = gather(asked).any(axis=0)
+        if first_process:
+            append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
         try:
             check_finite(config, updates_done, metrics, finite)
         except FloatingPointError as error:
             progress.close()
-            last_good = f"the last good checkpoint, of update {checkpoints.latest_step()}"
             if first_process:
-                print(f"error: {error}; {last_good}, is in {run_dir}", file=sys.stderr)
+                print(
+                    f"error: {error}; metrics.csv shows how it came to that\n"
+                    f"the last good checkpoint, of update {checkpoints.latest_step()}, is in "
+                    f"{run_dir}\nresumed, it would end the same way: start anew, perhaps with a "
+                    "lower --learning-rate",
+                    file=sys.stderr,
+                )
             sys.exit(1)
-        if first_process:
-            append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
         updates_done += length
         progress.update(length * steps_per_update)
         if np.isfinite(metrics["episodic_return"]).any():
@@ -1131,12 +1143,12 @@ def main() -> None:
         plot_learning_curve(run_dir, config)
     if gather(np.array([len(signals) > 0])).any():
         say(f"stopped after update {updates_done} of {config.num_updates}; go on with")
-        say(f"  python {sys.argv[0]} --resume {run_dir}")
+        say(f"  python {sys.argv[0]} --resume {run_dir}" + " --distributed" * config.distributed)
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
     handle(signal.SIG_DFL)  # all is saved: nothing left to protect
     play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
-    # Keys that training never had: split(key, n)[i] is fold_in(key, i), but no n is so large.
+    # Keys that training never had: it splits, and split(key, n)[i] is fold_in(key, i), with i < n.
     play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
     returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
     if first_process:
@@ -1145,4 +1157,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the disk is full, say
+        print(
+            f"\nerror: cannot write: {error}\nwhat is saved can be continued with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)  # a normal exit would let Orbax report each file that it had in hand

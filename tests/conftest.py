@@ -32,18 +32,20 @@ class Probe(environment.Environment):
     """An environment of a few numbers, whose values can be worked out by hand.
 
     The observation is `cue`, drawn anew (±1) in each step if `random_cue`. An episode terminates
-    after `length` steps, or is cut there by a time limit if `truncates`. The reward is
-    `reward(cue, action, time)`, with the time counted from 1.
+    after `length` steps, or is cut there by a time limit if `truncates`; with `limit` it is cut
+    after so many steps besides. The reward is `reward(cue, action, time)`, with the time counted
+    from 1.
     """
 
-    def __init__(self, reward, length=1, truncates=False, random_cue=False):
+    def __init__(self, reward, length=1, truncates=False, random_cue=False, limit=10**6):
         super().__init__()
         self.reward, self.length = reward, length
         self.truncates, self.random_cue = truncates, random_cue
+        self.limit = length if truncates else limit
 
     @property
     def default_params(self):
-        return ProbeParams(max_steps_in_episode=self.length if self.truncates else 10**6)
+        return ProbeParams(max_steps_in_episode=self.limit)
 
     def draw(self, key):
         return jax.random.rademacher(key, (1,), jnp.float32) if self.random_cue else jnp.ones(1)
@@ -53,7 +55,7 @@ class Probe(environment.Environment):
         return self.observe_time(cue, 0), ProbeState(time=0, cue=cue)
 
     def observe_time(self, cue, time):
-        # The time is visible where it matters, so that the value function exists.
+        # The time is visible unless it does not matter, so that the value function exists.
         if self.truncates:
             return cue
         return jnp.concatenate([cue, jnp.asarray([time], jnp.float32)])
@@ -105,9 +107,9 @@ for name, factory in PROBES.items():
     gymnax.register(name, lambda factory=factory: factory())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Environment variables of subprocesses: one compilation cache for all of a module."""
+    """Environment variables of subprocesses: one compilation cache for all of them."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -45,17 +46,29 @@ def start(tmp_path, environment, script):
     """Start a copy of the script, alone in an empty folder, there."""
     shutil.copy(ROOT / f"{script}.py", tmp_path)
 
-    def run(*arguments):
-        return subprocess.Popen(
-            [sys.executable, f"{script}.py", *map(str, arguments)],
+    started = []
+
+    def run(*arguments, before=()):
+        process = subprocess.Popen(
+            [*before, sys.executable, f"{script}.py", *map(str, arguments)],
             cwd=tmp_path,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        started.append(process)
+        return process
 
-    return run
+    yield run
+    end(started)
+
+
+def end(processes):
+    """Whatever the test came to, nothing goes on behind it."""
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -75,21 +88,38 @@ def only_run(path):
     return run_dir
 
 
+def wait_until(found, *processes):
+    """Until `found` returns something, which comes back; fail if a process ends before that."""
+    deadline = time.monotonic() + 300
+    while not (result := found()):
+        assert all(process.poll() is None for process in processes), "a process has ended"
+        assert time.monotonic() < deadline, "it takes too long"
+        time.sleep(0.02)
+    return result
+
+
+def wait_for_run(path, *processes):
+    """Until there is the directory of the only run."""
+    runs = path / "runs"
+    wait_until(lambda: runs.exists() and any(runs.iterdir()), *processes)
+    return only_run(path)
+
+
 def rows_of(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def wait_for_update(run_dir, update):
+def wait_for_update(run_dir, update, *processes):
     """Until metrics.csv knows of an update."""
-    for _ in range(3000):
+
+    def known():
         try:
-            if int(rows_of(run_dir / "metrics.csv")[-1]["update"] or 0) >= update:
-                return
+            return int(rows_of(run_dir / "metrics.csv")[-1]["update"] or 0) >= update
         except (OSError, LookupError, TypeError, ValueError):
-            pass  # it is not there yet, or was read while it was being written
-        time.sleep(0.02)
-    raise TimeoutError
+            return False  # it is not there yet, or was read while it was being written
+
+    wait_until(known, *processes)
 
 
 @every_script
@@ -122,6 +152,17 @@ def test_outputs(run, tmp_path, script):
         assert all(-2000 < float(row["episodic_return"]) < 0 for row in rows)
     picture = matplotlib.image.imread(run_dir / "learning_curve.png")
     assert picture.shape[0] > 300 and picture.std() > 0.01
+
+
+def test_each_row_is_of_its_own_seed(run, tmp_path, keys):
+    assert run(*QUICK, "--seed", 3, "--total-timesteps", 64 * 6)[0] == 0
+    config = ppo_discrete.Config(
+        num_seeds=2, num_envs=4, num_steps=16, hidden_sizes=(8,), total_timesteps=64 * 6
+    )
+    _, metrics = jax.jit(jax.vmap(functools.partial(ppo_discrete.train, config)))(keys(5)[3:])
+    rows = rows_of(only_run(tmp_path) / "metrics.csv")
+    value_loss = np.array([float(row["value_loss"]) for row in rows]).reshape(6, 2)
+    np.testing.assert_allclose(value_loss, metrics["value_loss"].T, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("error")
@@ -176,11 +217,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         often = path.read_text().replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 0")
         path.write_text(often)
     process = start(*LONG)
-    while not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    run_dir = only_run(tmp_path)
-    wait_for_update(run_dir, 300)
+    run_dir = wait_for_run(tmp_path, process)
+    wait_for_update(run_dir, 300, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     if number == signal.SIGKILL:
@@ -201,11 +239,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(start, run, tmp_path, uninterrupted):
     process = start(*LONG)
-    while not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir()):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    run_dir = only_run(tmp_path)
-    wait_for_update(run_dir, 60)
+    run_dir = wait_for_run(tmp_path, process)
+    wait_for_update(run_dir, 60, process)
     process.kill()
     process.communicate()
     assert (run_dir / "checkpoints" / "0").exists() and (run_dir / "metrics.csv").stat().st_size
@@ -230,7 +265,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
 BAD = {
     "unknown environment": (["--env-id", "cartpole"], "did you mean CartPole-v1"),
     "continuous actions": (["--env-id", "Pendulum-v1"], "use ppo_continuous.py"),
-    "download": (["--env-id", "MNISTBandit-bsuite"], "could not be downloaded"),
     "not divisible": (["--num-minibatches", 3], "num_minibatches = 3"),
     "zero": (["--num-envs", 0], "num_envs must be finite and positive"),
     "negative": (["--learning-rate", -1], "learning_rate must be finite and positive"),
@@ -241,12 +275,28 @@ BAD = {
 }
 
 
+def is_refused(code, text, message):
+    text = re.sub(r"[\s│]+", " ", text)
+    assert code == 2 and message in text and "Traceback" not in text, text
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gets_one_clear_message(case, run, tmp_path):
+def test_bad_input_gets_one_clear_message(case, tmp_path, monkeypatch, capsys):
+    arguments, message = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo_discrete.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        ppo_discrete.main()
+    said = capsys.readouterr()
+    is_refused(end.value.code, said.out + said.err, message)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", ["unknown environment", "unknown flag"])
+def test_bad_input_of_a_user(case, run, tmp_path):
     arguments, message = BAD[case]
     code, output, errors = run(*arguments)
-    text = re.sub(r"[\s│]+", " ", output + errors)
-    assert code == 2 and message in text and "Traceback" not in text
+    is_refused(code, output + errors, message)
     assert not (tmp_path / "runs").exists()
 
 
@@ -287,6 +337,15 @@ def test_an_unwritable_folder(run, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     code, _, errors = run(*QUICK)
     assert code == 2 and "cannot write to" in errors and "Traceback" not in errors
+
+
+def test_a_full_disk(start, tmp_path):
+    # `ulimit` stands in for it: no file beyond 40 kB, which metrics.csv soon is.
+    process = start(*LONG, before=["sh", "-c", 'ulimit -f 80; exec "$@"', "sh"])
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert "error: cannot write: [Errno 27] File too large" in errors and "--resume" in errors
+    assert (only_run(tmp_path) / "checkpoints" / "0").exists()
 
 
 def readme_block(name):

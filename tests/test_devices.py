@@ -12,7 +12,7 @@ import jax
 import pytest
 from absl import logging as absl_logging
 from conftest import ROOT
-from test_command_line import QUICK, only_run, rows_of, wait_for_update
+from test_command_line import QUICK, end, only_run, rows_of, wait_for_run, wait_for_update
 
 import ppo_discrete
 
@@ -125,7 +125,7 @@ def test_a_lost_process_ends_this_one_with_a_reason(error, monkeypatch, capsys):
         ppo_discrete.together("runs/x", exchange)
 
 
-def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_path):
+def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_path, request):
     script = tmp_path / "ppo_discrete.py"
     text = (ROOT / "ppo_discrete.py").read_text()
     script.write_text(text.replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 1"))
@@ -137,7 +137,7 @@ def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_pat
             port = free.getsockname()[1]
         address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
         # What they say goes to files: a pipe that nobody empties in time would stop them.
-        return [
+        processes = [
             subprocess.Popen(
                 [sys.executable, str(script), "--distributed", *arguments],
                 cwd=tmp_path,
@@ -147,6 +147,8 @@ def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_pat
             )
             for index in range(2)
         ]
+        request.addfinalizer(lambda: end(processes))
+        return processes
 
     def ends(processes):
         codes = [process.wait(timeout=300) for process in processes]
@@ -154,15 +156,10 @@ def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_pat
         print(*said, sep="\n----\n")  # pytest shows it if the test fails
         return codes, *said
 
-    def first_run():
-        while not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir()):
-            time.sleep(0.02)
-        return only_run(tmp_path)
-
     # One of them is killed: the other says so and ends.
     processes = start(*long)
-    run_dir = first_run()
-    wait_for_update(run_dir, 200)
+    run_dir = wait_for_run(tmp_path, *processes)
+    wait_for_update(run_dir, 200, *processes)
     processes[1].kill()
     killed = time.monotonic()
     codes, said, _ = ends(processes)
@@ -177,7 +174,7 @@ def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_pat
     # Both go on from the checkpoint, until one of them is asked to stop: then both do.
     before = len(rows_of(run_dir / "metrics.csv"))
     processes = start("--resume", resume)
-    wait_for_update(run_dir, before // 4 + 200)
+    wait_for_update(run_dir, before // 4 + 200, *processes)
     processes[1].send_signal(signal.SIGTERM)
     codes, said, said_by_other = ends(processes)
     assert codes == [128 + signal.SIGTERM] * 2

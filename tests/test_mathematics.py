@@ -200,8 +200,12 @@ def test_clipped_value_loss_takes_the_larger_error():
 
 
 def test_normalize_advantage():
-    x = ppo_discrete.normalize_advantage(jnp.asarray([1.0, 2.0, 3.0, 4.0]))
-    np.testing.assert_allclose(x, np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(1.25), rtol=1e-7)
+    x = jnp.asarray([1.0, 2.0, 3.0, 4.0])
+    expected = np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(1.25)
+    normalize = ppo_discrete.normalize_advantage
+    np.testing.assert_allclose(normalize(x), expected, rtol=1e-7)
+    table = normalize(x.reshape(2, 2))  # over all axes at once
+    np.testing.assert_allclose(table, expected.reshape(2, 2), rtol=1e-7)
     np.testing.assert_array_equal(ppo_discrete.normalize_advantage(jnp.full(5, 3.0)), np.zeros(5))
 
 
@@ -233,10 +237,11 @@ def test_shuffled_indices_are_permutations(batch_size):
     parts = 2 if batch_size % 2 == 0 else 1
     indices = ppo_discrete.shuffled_indices(jax.random.key(0), 3, batch_size, parts)
     assert indices.shape == (3 * parts, batch_size // parts)
-    for epoch in np.asarray(indices).reshape(3, batch_size):
+    epochs = np.asarray(indices).reshape(3, batch_size)
+    for epoch in epochs:
         np.testing.assert_array_equal(np.sort(epoch), np.arange(batch_size))
     if batch_size == 1000:
-        assert (indices[0] != indices[1]).mean() > 0.9
+        assert (epochs[0] != epochs[1]).mean() > 0.9
 
 
 def test_taking_transitions_by_rows_is_taking_them_from_each_array():

@@ -14,7 +14,7 @@ CLIPPED, BOTH_SPACES = {"ppo_discrete", "ppo_continuous"}, {"ppo_penalty", "trpo
 # Definitions that differ on purpose, and why: the text is the same only within these groups.
 SAME_WITHIN = {
     "Config": [],  # each algorithm has its own knobs
-    "PRESETS": [{"ppo_continuous", "ppo_penalty", "trpo"}],  # for discrete actions only, or not
+    "PRESETS": [],  # each algorithm has its own knobs
     "Actor": [BOTH_SPACES],  # returns the distribution that the actions need
     "action_interface": [BOTH_SPACES],  # discrete or continuous actions, or both
     "Transition": [],  # what of π_old the objective needs
@@ -80,6 +80,18 @@ def test_all_roll_out_and_estimate_advantages_alike():
         update = closures(name)["update"]
         starts.add(update[update.index("        key, action_key") :].split("gae_lambda,")[0])
     assert len(steps) == len(starts) == 1
+
+
+def test_all_begin_and_report_alike():
+    # `init` differs by β and by whose parameters Adam knows, the reports by the losses.
+    own = ("beta=", "opt_state=")
+    begins, reports = set(), set()
+    for name in NAMES:
+        lines = closures(name)["init"].splitlines()
+        begins.add("\n".join(line for line in lines if not line.strip().startswith(own)))
+        update = closures(name)["update"]
+        reports.add(update[update.index("        mean_of_ended") :].split("**")[0])
+    assert len(begins) == len(reports) == 1
 
 
 def test_the_penalty_takes_the_same_gradient_steps_as_the_clip():

@@ -322,7 +322,9 @@ def test_the_step_of_the_actor_multiplies_exactly(keys):
     init, update = make_train(Config(num_envs=2, num_steps=8))
     program = str(jax.make_jaxpr(update)(jax.eval_shape(init, keys(1)[0]), None))
     exact = program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
-    assert 0 < exact < program.count("dot_general[")  # not those of the rollout and of the critic
+    # All but one pass of the actor in the rollout, two of the critic, and the critic's gradient,
+    # where three layers have three products forwards and five backwards.
+    assert program.count("dot_general[") - exact == 3 + 2 * 3 + (3 + 5) < exact
 
 
 def test_a_step_that_is_not_finite_is_rejected():
@@ -362,6 +364,30 @@ def test_the_kl_is_that_of_old_to_new_and_within_delta(keys, env_id):
     assert metrics["step_accepted"] == 1 and abs(forward - backward) > 0.01
     np.testing.assert_allclose(metrics["kl"], forward, rtol=1e-3)
     assert 0.1 < metrics["kl"] <= 0.5 and metrics["surrogate_improvement"] > 0
+
+
+@both_spaces
+@pytest.mark.parametrize("scale", [-1.0, 30.0])
+def test_the_update_takes_what_the_search_found(keys, env_id, scale, monkeypatch):
+    # A proposal in the wrong direction is refused, one that is far too long shortened.
+    original = trpo.trust_region_step
+
+    def propose(*arguments):
+        step, residual = original(*arguments)
+        return scale * step, residual
+
+    monkeypatch.setattr(trpo, "trust_region_step", propose)
+    config = replace(SMALL, env_id=env_id, normalize_obs=False, line_search_ratio=0.5)
+    init, update = make_train(config)
+    state = jax.jit(init)(keys(1)[0])
+    after, metrics = jax.jit(update)(state, None)
+    network = trpo.make_env(env_id).make_actor(config.hidden_sizes, config.activation)
+    old, new = (network.apply(s.params["actor"], jnp.array([1.0, 0.0])) for s in (state, after))
+    np.testing.assert_allclose(old.kl(new), metrics["kl"], rtol=1e-2, atol=1e-7)
+    assert metrics["kl"] <= config.max_kl and metrics["line_search_steps"] > 1
+    assert metrics["step_accepted"] == (scale > 0)
+    same = jax.tree.map(np.array_equal, state.params["actor"], after.params["actor"])
+    assert all(jax.tree.leaves(same)) == (scale < 0)
 
 
 def test_zero_advantages_leave_the_policy(keys):

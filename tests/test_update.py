@@ -1,0 +1,227 @@
+"""One update of each script: what is handed from part to part, against values known by hand."""
+
+from dataclasses import replace
+from functools import partial
+
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import Probe, quickly_compiled
+from jax.flatten_util import ravel_pytree
+
+import ppo_continuous
+import ppo_discrete
+import ppo_penalty
+import trpo
+
+# `make_train` of ppo_continuous is that of ppo_discrete, word for word (test_shared_code.py).
+every_algorithm = pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
+
+for name, limit in {
+    # Pays 1 in each of ten steps, but is cut after five.
+    "Cut-test": 5,
+    # Ends after five steps, just when it would be cut.
+    "EndAndCut-test": None,
+}.items():
+    length = 10 if limit else 5
+    gymnax.register(
+        name, lambda length=length: Probe(lambda cue, action, time: 1.0, length=length, limit=5)
+    )
+
+
+def small(script, **fields):
+    """A configuration of 64 steps an update."""
+    env_id = "Pendulum-v1" if script is ppo_continuous else "CartPole-v1"
+    default = dict(env_id=env_id, num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16)
+    return script.Config(**default | {"hidden_sizes": (8, 8)} | fields)
+
+
+def started(config, script, key):
+    init, update = script.make_train(config)
+    return quickly_compiled(init, key), lambda state: update(state, None)
+
+
+@pytest.mark.parametrize("env_id", ["Cut-test", "EndAndCut-test"])
+def test_what_the_advantages_are_made_of(env_id, keys, monkeypatch):
+    script = ppo_discrete  # test_shared_code.py: the others have the same text up to here
+    seen, gae = [], script.gae
+    monkeypatch.setattr(script, "gae", lambda *rows: seen.append(rows) or gae(*rows))
+    config = small(script, env_id=env_id, num_steps=15, num_minibatches=1, gamma=0.5)
+    config = replace(config, total_timesteps=config.batch_size, normalize_obs=True)
+    state, update = started(config, script, keys(1)[0])
+    # Observations are [1, time]; these statistics make them [0, (time - 3) / 2], and weigh so much
+    # that the update cannot move them far.
+    mean, variance, count = jnp.array([1.0, 3.0]), jnp.full(2, 4.0), jnp.asarray(1e6)
+    state = state._replace(obs_stats=script.RunningStats(mean, variance, count))
+    given = quickly_compiled(lambda state: (update(state), seen[-1]), state)[1]
+    reward, value, next_value, terminated, done = (np.asarray(rows)[:, 0] for rows in given[:5])
+    critic = script.Critic(config.hidden_sizes, config.activation)
+    obs = jnp.stack([jnp.zeros(6), (jnp.arange(6) - 3) / 2], axis=-1)
+    expected = np.asarray(critic.apply(state.params["critic"], obs))
+    assert np.ptp(expected) > 0.1
+    # Also after the last step the next value is that of the time 5, not that of the reset.
+    np.testing.assert_allclose(value, np.tile(expected[:5], 3), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(next_value, np.tile(expected[1:], 3), rtol=1e-3, atol=1e-5)
+    last = [False, False, False, False, True] * 3
+    np.testing.assert_array_equal(done, last)
+    np.testing.assert_array_equal(terminated & (env_id == "Cut-test"), False)
+    np.testing.assert_array_equal(terminated, last if env_id == "EndAndCut-test" else [False] * 15)
+    # The discounted return runs through 1, 1.5, 1.75, 1.875, 1.9375: its deviation scales rewards.
+    deviation = np.std([1, 1.5, 1.75, 1.875, 1.9375])
+    np.testing.assert_allclose(reward, 1 / deviation, rtol=1e-3)
+    assert given[5:] == (0.5, config.gae_lambda)
+
+
+@every_algorithm
+def test_adam_follows_the_schedule(script, keys):
+    # The second of two updates is one with half the learning rate, which does not fall.
+    config = small(script, total_timesteps=2 * 64, learning_rate=1e-2)
+    half = replace(config, total_timesteps=64, learning_rate=5e-3, anneal_lr=False)
+    state, first = started(config, script, keys(1)[0])
+    second = script.make_train(half)[1]
+
+    def both(state):
+        state = first(state)[0]
+        return state, first(state)[0], second(state, None)[0]
+
+    before, ours, theirs = (
+        np.asarray(ravel_pytree(state.params["critic"])[0])
+        for state in quickly_compiled(both, state)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(ours, before)
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty])
+def test_the_norm_of_the_whole_gradient_is_clipped(script, keys):
+    # Adam's first step is lr g / (|g| + ε), so with lr = 1 the step tells g for ε = 1e-5.
+    one_step = dict(update_epochs=1, num_minibatches=1, learning_rate=1.0, max_grad_norm=1e-5)
+    state, update = started(small(script, **one_step), script, keys(1)[0])
+    after, _ = quickly_compiled(update, state)
+    step = np.abs(ravel_pytree(after.params)[0] - ravel_pytree(state.params)[0])
+    gradient = 1e-5 * step / (1 - step)
+    np.testing.assert_allclose(np.linalg.norm(gradient), 1e-5, rtol=1e-3)
+    # Both networks share it, in the proportions of their gradients.
+    size = ravel_pytree(state.params["actor"])[0].size  # it comes first
+    assert (gradient[:size] > 0).any() and (gradient[size:] > 0).any()
+
+
+@every_algorithm
+def test_every_flag_changes_the_program(script, keys):
+    # A flag that nothing reads would leave it as it is.
+    other = {"clip_vloss": True, "activation": "relu", "max_kl": 0.5, "line_search_ratio": 0.5}
+    trace = lambda config: str(jax.make_jaxpr(partial(script.train, config))(keys(1)[0]))
+    config = small(script, num_steps=4, num_minibatches=2, update_epochs=2)
+    program = trace(config)
+    for name, value in vars(config).items():
+        if name in ("env_id", "seed", "num_seeds", "resume", "distributed"):
+            continue
+        if isinstance(value, bool):
+            different = not value
+        elif isinstance(value, tuple):
+            different = (8, 4)
+        elif isinstance(value, float):
+            different = value / 2 + 0.07
+        else:
+            different = other[name] if isinstance(value, str) else 2 * value
+        assert trace(replace(config, **{name: different})) != program, name
+
+
+def test_value_clipping_is_centred_on_the_old_value(keys):
+    # In the first gradient step V is still the old one, and nothing is clipped.
+    config = small(ppo_discrete, update_epochs=1, num_minibatches=1, total_timesteps=64)
+    plain, clipped = (
+        quickly_compiled(
+            partial(ppo_discrete.train, replace(config, clip_vloss=clip_vloss)), keys(1)[0]
+        )[1]["value_loss"][0]
+        for clip_vloss in (False, True)
+    )
+    assert plain > 0.01
+    np.testing.assert_allclose(clipped, plain, rtol=1e-6)
+
+
+def test_no_noise_is_used_twice(keys, monkeypatch):
+    def batches(script, **fields):
+        """What two updates learn from."""
+        seen, make = [], script.Batch
+        monkeypatch.setattr(script, "Batch", lambda *rows: seen.append(make(*rows)) or seen[-1])
+        config = small(script, normalize_obs=False, **fields)
+        state, update = started(config, script, keys(1)[0])
+
+        def both(state):
+            state, _ = update(state)
+            update(state)
+            return seen[-2:]
+
+        return quickly_compiled(both, state)
+
+    # Actions are N(0, 1) and little else: float32 has room for 128 of them.
+    actions = [batch.action for batch in batches(ppo_continuous, learning_rate=1e-30)]
+    assert np.unique(actions).size == 2 * 64
+    # Poles fall often, and each time the start is drawn anew.
+    obs = [batch.obs for batch in batches(ppo_discrete, num_steps=128, total_timesteps=1024)]
+    assert len(np.unique(np.reshape(obs, (-1, 4)), axis=0)) == 2 * 4 * 128
+
+
+@pytest.mark.parametrize("script", [ppo_penalty, trpo])
+def test_the_critic_learns_known_values(script, keys):
+    # One reward after two steps: V = γ, then 1. (ppo_discrete: test_training.py)
+    config = small(
+        script,
+        env_id="ProbeDelay-test",
+        total_timesteps=40_000,
+        num_envs=8,
+        num_steps=20,
+        num_minibatches=2,
+        gamma=0.9,
+        learning_rate=1e-2,
+        hidden_sizes=(16,),
+        normalize_obs=False,
+        normalize_reward=False,
+    )
+    states, _ = jax.jit(jax.vmap(partial(script.train, config)))(keys(3))
+    critic = script.Critic(config.hidden_sizes, config.activation)
+    obs = jnp.array([[1.0, 0.0], [1.0, 1.0]])
+    value = jax.vmap(lambda params: critic.apply(params, obs))(states.params["critic"])
+    np.testing.assert_allclose(value, [[0.9, 1.0]] * 3, atol=0.03)
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, trpo])
+def test_explained_variance_of_a_critic_that_knows_nothing(script, keys):
+    config = small(script, normalize_reward=False)
+    state, update = started(config, script, keys(1)[0])
+    nothing = jax.tree.map(jnp.zeros_like, state.params["critic"])
+    state = state._replace(params={"actor": state.params["actor"], "critic": nothing})
+    _, metrics = quickly_compiled(update, state)
+    np.testing.assert_allclose(metrics["explained_variance"], 0, atol=1e-6)
+
+
+@every_algorithm
+def test_advantages_are_normalised_where_they_are_used(script, keys, monkeypatch):
+    shapes, normalize = [], script.normalize_advantage
+    record = lambda advantage: shapes.append(advantage.shape) or normalize(advantage)
+    monkeypatch.setattr(script, "normalize_advantage", record)
+    config = small(script)
+    init, update = script.make_train(config)
+    jax.eval_shape(update, jax.eval_shape(init, keys(1)[0]), None)
+    # In PPO over a minibatch; in TRPO, which takes one step, over the rollout.
+    rollout = (config.num_steps, config.num_envs)
+    assert set(shapes) == {rollout if script is trpo else (config.minibatch_size,)}
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
+def test_initial_weights(script, keys):
+    config = small(script, env_id="PointRobot-misc") if script is not ppo_discrete else None
+    params = script.make_train(config or small(script))[0](keys(1)[0]).params
+    for network, of_head in (("actor", 0.01), ("critic", 1.0)):
+        layers = dict(params[network]["params"])
+        if script is not ppo_discrete and network == "actor":  # two action dimensions
+            np.testing.assert_array_equal(layers.pop("log_std"), [0, 0])
+        assert [layers[f"Dense_{i}"]["kernel"].shape[1] for i in range(3)][:2] == [8, 8]
+        assert len(layers) == 3
+        for i, gain in enumerate((2**0.5, 2**0.5, of_head)):
+            singular_values = np.linalg.svd(layers[f"Dense_{i}"]["kernel"], compute_uv=False)
+            np.testing.assert_allclose(singular_values, gain, rtol=1e-3)
+            assert not layers[f"Dense_{i}"]["bias"].any()
