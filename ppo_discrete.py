@@ -515,7 +515,7 @@ class Batch(NamedTuple):
     log_prob: jax.Array  # [B]
     value: jax.Array  # [B] V(obs) before the update, in units of the scaled reward
     advantage: jax.Array  # [B]
-    target: jax.Array  # [B]
+    target: jax.Array  # [B] Â + V, in the same units
 
 
 class State(NamedTuple):
@@ -983,6 +983,8 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
         return run_dir, checkpoints, state, 0
     try:
         updates_done = checkpoints.latest_step()
+        if updates_done is None:
+            raise ValueError("none was written; start anew")
         stored, shape = checkpoints.item_metadata(updates_done), lambda x: x.shape
         if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
             raise ValueError("its networks have other sizes")

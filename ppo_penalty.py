@@ -580,7 +580,7 @@ class Batch(NamedTuple):
     action: jax.Array  # [B] or [B, A]
     log_prob: jax.Array  # [B] log π_old(action | obs)
     advantage: jax.Array  # [B]
-    target: jax.Array  # [B]
+    target: jax.Array  # [B] Â + V, in units of the scaled reward
 
 
 class State(NamedTuple):
@@ -1047,6 +1047,8 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
         return run_dir, checkpoints, state, 0
     try:
         updates_done = checkpoints.latest_step()
+        if updates_done is None:
+            raise ValueError("none was written; start anew")
         stored, shape = checkpoints.item_metadata(updates_done), lambda x: x.shape
         if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
             raise ValueError("its networks have other sizes")

@@ -330,7 +330,7 @@ def test_bad_run_directories(run, tmp_path, script):
             path.write_bytes(b"")
     refused("missing or damaged")
     shutil.rmtree(run_dir / "checkpoints")
-    refused("missing or damaged")
+    refused("missing or damaged: none was written; start anew")
 
 
 def test_an_unwritable_folder(run, tmp_path):
