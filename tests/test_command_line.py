@@ -182,7 +182,8 @@ def test_the_learning_curve_where_few_episodes_end(tmp_path, monkeypatch):
     np.testing.assert_allclose(band.get_extents().get_points(), [[64, -10.706], [64, 14.706]], 1e-4)
 
 
-LONG = [*QUICK, "--total-timesteps", 64 * 3000]
+UPDATES = 2000  # enough to be interrupted in between
+LONG = [*QUICK, "--total-timesteps", 64 * UPDATES]
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +229,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert f"--resume {run_dir.relative_to(tmp_path)}" in output
         assert (run_dir / "learning_curve.png").exists()
         assert "Traceback" not in errors
-    assert len(rows_of(run_dir / "metrics.csv")) < 2 * 3000, "it was not interrupted"
+    assert len(rows_of(run_dir / "metrics.csv")) < 2 * UPDATES, "it was not interrupted"
     assert not (run_dir / "checkpoints" / "0").exists(), "no later checkpoint was written"
 
     code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
