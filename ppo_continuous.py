@@ -1184,9 +1184,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # the disk is full, say
-        print(
-            f"\nerror: cannot write: {error}\nwhat is saved can be continued with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)  # a normal exit would let Orbax report each file that it had in hand
+        fail(f"cannot write: {error}\nwhat is saved can be continued with --resume")

@@ -175,8 +175,8 @@ class Config:
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
 # and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
-# MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, which take
-# half as long again, and 11 with these values but δ = 0.01 (two seeds each).
+# MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, and 11 with
+# these values but δ = 0.01. That is two seeds each, so little more than a guess.
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
@@ -1326,9 +1326,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # the disk is full, say
-        print(
-            f"\nerror: cannot write: {error}\nwhat is saved can be continued with --resume",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)  # a normal exit would let Orbax report each file that it had in hand
+        fail(f"cannot write: {error}\nwhat is saved can be continued with --resume")

@@ -55,7 +55,7 @@ class Probe(environment.Environment):
         return self.observe_time(cue, 0), ProbeState(time=0, cue=cue)
 
     def observe_time(self, cue, time):
-        # The time is visible unless it does not matter, so that the value function exists.
+        # The time is visible where it matters, so that the value function exists.
         if self.truncates:
             return cue
         return jnp.concatenate([cue, jnp.asarray([time], jnp.float32)])
