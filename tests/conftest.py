@@ -1,5 +1,6 @@
 """What all tests share: the scripts, small configurations, and environments with known answers."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # The suite is written for the CPU: comparisons of bits hold only there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the suite's time would go into the compiler's optimisations. They change a program's speed
+# and its rounding, so that most tests do without them, for half of that time: not those that
+# compare bits or memory or run for long, which take `as_shipped`, nor those that start a script.
+QUICK_COMPILER = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+USERS_XLA_FLAGS = os.environ.get("XLA_FLAGS", "").removesuffix(QUICK_COMPILER)
+os.environ["XLA_FLAGS"] = USERS_XLA_FLAGS + QUICK_COMPILER
 
 import gymnax  # noqa: E402
 import jax  # noqa: E402
@@ -113,6 +120,7 @@ def environment(tmp_path_factory):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": USERS_XLA_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -124,7 +132,8 @@ def keys():
     return lambda n: jax.vmap(jax.random.key)(jnp.arange(n))
 
 
-def quickly_compiled(function, *arguments):
-    """Its value, with less time for the compiler: for tests of whether something runs at all."""
-    program = jax.jit(function).lower(*arguments)
-    return program.compile(compiler_options={"xla_backend_optimization_level": 0})(*arguments)
+# `jit` as outside these tests, with XLA's default options.
+as_shipped = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True},
+)

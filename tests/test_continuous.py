@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ContinuousProbe, quickly_compiled
+from conftest import ContinuousProbe
 
 import ppo_continuous
 from ppo_continuous import Config, DiagGaussian, bound_action, make_train, train
@@ -151,7 +151,7 @@ def test_the_environment_gets_the_bounded_action_in_its_shape(keys):
 )
 def test_every_continuous_environment_trains(env_id, keys):
     config = replace(SMALL, env_id=env_id, total_timesteps=2 * 64)
-    state, metrics = quickly_compiled(partial(train, config), keys(1)[0])
+    state, metrics = jax.jit(partial(train, config))(keys(1)[0])
     assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 

@@ -24,10 +24,9 @@ def devices(number):
 
 
 COMPARE = """
-import sys; sys.path.insert(0, "tests"); sys.path.insert(0, ".")
-import importlib, re
+import importlib, re, sys
 from functools import partial
-import conftest, jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType
 script = importlib.import_module(sys.argv[1])
 config = script.Config(num_seeds=8, total_timesteps=3 * 64, num_envs=4, num_steps=16,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from conftest import as_shipped
 
 import ppo_continuous
 import ppo_discrete
@@ -15,7 +16,7 @@ def learn(script, keys, num_seeds, **config):
     """Train; the mean return of 100 greedy episodes, [num_seeds], and the metrics."""
     config = replace(script.default_config(config.pop("env_id")), **config)
 
-    @jax.jit
+    @as_shipped
     @jax.vmap
     def run(key):
         state, metrics = script.train(config, key)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, Probe, quickly_compiled
+from conftest import ROOT, Probe, as_shipped
 from gymnax.environments import spaces
 
 import ppo_continuous
@@ -55,13 +55,13 @@ def assert_same_bits(a, b):
 
 def test_a_seed_does_not_depend_on_its_neighbours(keys):
     # The same row beside other seeds: the same bits.
-    run = jax.jit(jax.vmap(partial(train, SMALL)))
+    run = as_shipped(jax.vmap(partial(train, SMALL)))
     first, second = run(keys(3)), run(keys(9)[jnp.array([7, 1, 4])])
     row = lambda result: jax.tree.map(lambda x: x[1], result)
     assert_same_bits(row(first), row(second))
     # Alone: the same episodes, and the same numbers up to rounding. (XLA's CPU compiler adds up a
     # row of a batched sum in another order than the same row alone, so bits may differ there.)
-    alone = jax.jit(partial(train, SMALL))(keys(3)[1])
+    alone = as_shipped(partial(train, SMALL))(keys(3)[1])
     for x, y in zip(jax.tree.leaves(row(first)), jax.tree.leaves(alone), strict=True):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x, y = jax.random.key_data(x), jax.random.key_data(y)
@@ -71,15 +71,15 @@ def test_a_seed_does_not_depend_on_its_neighbours(keys):
 
 def test_segments_equal_one_scan(keys):
     init, update = make_train(SMALL)
-    state = jax.jit(init)(keys(1)[0])
-    one_update = jax.jit(lambda state: jax.lax.scan(update, state, None, 1), donate_argnums=0)
+    state = as_shipped(init)(keys(1)[0])
+    one_update = as_shipped(lambda state: jax.lax.scan(update, state, None, 1), donate_argnums=0)
     metrics = []
     for _ in range(SMALL.num_updates):
         state, segment = one_update(state)
         metrics.append(segment)
     assert one_update._cache_size() == 1, "the state changed its type and update compiled twice"
     metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *metrics)
-    assert_same_bits((state, metrics), jax.jit(partial(train, SMALL))(keys(1)[0]))
+    assert_same_bits((state, metrics), as_shipped(partial(train, SMALL))(keys(1)[0]))
 
 
 def test_a_hyperparameter_can_be_vmapped(keys):
@@ -97,7 +97,7 @@ def test_a_hyperparameter_can_be_vmapped(keys):
 def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
     def temporary(total_timesteps):
         config = replace(SMALL, total_timesteps=total_timesteps)
-        compiled = jax.jit(partial(train, config)).lower(keys(1)[0]).compile()
+        compiled = as_shipped(partial(train, config)).lower(keys(1)[0]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = temporary(64 * 10), temporary(64 * 10_000)
@@ -122,7 +122,7 @@ def test_200_vmapped_initialisations_do_not_hang():
 @pytest.mark.parametrize("env_id", DISCRETE)
 def test_every_discrete_environment_trains(env_id, keys):
     config = replace(SMALL, env_id=env_id, total_timesteps=2 * 64)
-    state, metrics = quickly_compiled(partial(train, config), keys(1)[0])
+    state, metrics = jax.jit(partial(train, config))(keys(1)[0])
     assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
     assert int(state.updates_done) == 2

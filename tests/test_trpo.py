@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from conftest import ContinuousProbe, Probe, quickly_compiled
+from conftest import ContinuousProbe, Probe, as_shipped
 from jax.flatten_util import ravel_pytree
 
 import trpo
@@ -421,7 +421,7 @@ def test_a_rejected_step_does_not_touch_the_neighbours(keys):
     # The second seed's critic is broken: no gradient of its policy is finite.
     critic = jax.tree.map(lambda x: x.at[1].set(jnp.nan), state.params["critic"])
     broken = state._replace(params={"actor": state.params["actor"], "critic": critic})
-    run = jax.jit(jax.vmap(lambda state: update(state, None)))
+    run = as_shipped(jax.vmap(lambda state: update(state, None)))
     (after, metrics), (after_broken, metrics_broken) = run(state), run(broken)
     np.testing.assert_array_equal(metrics["step_accepted"], 1)
     np.testing.assert_array_equal(metrics_broken["step_accepted"], [1, 0, 1])
@@ -448,7 +448,7 @@ def test_the_kl_never_exceeds_delta(keys):
 
 @pytest.mark.parametrize("env_id", ["FourRooms-misc", "Swimmer-misc"])
 def test_other_environments_train(env_id, keys):
-    state, metrics = quickly_compiled(partial(train, replace(SMALL, env_id=env_id)), keys(1)[0])
+    state, metrics = jax.jit(partial(train, replace(SMALL, env_id=env_id)))(keys(1)[0])
     assert np.isfinite(metrics["value_loss"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 

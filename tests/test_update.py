@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Probe, quickly_compiled
+from conftest import Probe
 from jax.flatten_util import ravel_pytree
 
 import ppo_continuous
@@ -38,7 +38,7 @@ def small(script, **fields):
 
 def started(config, script, key):
     init, update = script.make_train(config)
-    return quickly_compiled(init, key), lambda state: update(state, None)
+    return jax.jit(init)(key), lambda state: update(state, None)
 
 
 @pytest.mark.parametrize("env_id", ["Cut-test", "EndAndCut-test"])
@@ -53,7 +53,7 @@ def test_what_the_advantages_are_made_of(env_id, keys, monkeypatch):
     # that the update cannot move them far.
     mean, variance, count = jnp.array([1.0, 3.0]), jnp.full(2, 4.0), jnp.asarray(1e6)
     state = state._replace(obs_stats=script.RunningStats(mean, variance, count))
-    given = quickly_compiled(lambda state: (update(state), seen[-1]), state)[1]
+    given = jax.jit(lambda state: (update(state), seen[-1]))(state)[1]
     reward, value, next_value, terminated, done = (np.asarray(rows)[:, 0] for rows in given[:5])
     critic = script.Critic(config.hidden_sizes, config.activation)
     obs = jnp.stack([jnp.zeros(6), (jnp.arange(6) - 3) / 2], axis=-1)
@@ -84,8 +84,7 @@ def test_adam_follows_the_schedule(script, keys):
         return state, first(state)[0], second(state, None)[0]
 
     before, ours, theirs = (
-        np.asarray(ravel_pytree(state.params["critic"])[0])
-        for state in quickly_compiled(both, state)
+        np.asarray(ravel_pytree(state.params["critic"])[0]) for state in jax.jit(both)(state)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     assert not np.allclose(ours, before)
@@ -96,7 +95,7 @@ def test_the_norm_of_the_whole_gradient_is_clipped(script, keys):
     # Adam's first step is lr g / (|g| + ε), so with lr = 1 the step tells g for ε = 1e-5.
     one_step = dict(update_epochs=1, num_minibatches=1, learning_rate=1.0, max_grad_norm=1e-5)
     state, update = started(small(script, **one_step), script, keys(1)[0])
-    after, _ = quickly_compiled(update, state)
+    after, _ = jax.jit(update)(state)
     step = np.abs(ravel_pytree(after.params)[0] - ravel_pytree(state.params)[0])
     gradient = 1e-5 * step / (1 - step)
     np.testing.assert_allclose(np.linalg.norm(gradient), 1e-5, rtol=1e-3)
@@ -130,9 +129,9 @@ def test_value_clipping_is_centred_on_the_old_value(keys):
     # In the first gradient step V is still the old one, and nothing is clipped.
     config = small(ppo_discrete, update_epochs=1, num_minibatches=1, total_timesteps=64)
     plain, clipped = (
-        quickly_compiled(
-            partial(ppo_discrete.train, replace(config, clip_vloss=clip_vloss)), keys(1)[0]
-        )[1]["value_loss"][0]
+        jax.jit(partial(ppo_discrete.train, replace(config, clip_vloss=clip_vloss)))(keys(1)[0])[1][
+            "value_loss"
+        ][0]
         for clip_vloss in (False, True)
     )
     assert plain > 0.01
@@ -152,7 +151,7 @@ def test_no_noise_is_used_twice(keys, monkeypatch):
             update(state)
             return seen[-2:]
 
-        return quickly_compiled(both, state)
+        return jax.jit(both)(state)
 
     # Actions are N(0, 1) and little else: the noise of steps and environments, [2, T, N].
     noise = [batch.action for batch in batches(ppo_continuous, learning_rate=1e-30)]
@@ -194,7 +193,7 @@ def test_explained_variance_of_a_critic_that_knows_nothing(script, keys):
     state, update = started(config, script, keys(1)[0])
     nothing = jax.tree.map(jnp.zeros_like, state.params["critic"])
     state = state._replace(params={"actor": state.params["actor"], "critic": nothing})
-    _, metrics = quickly_compiled(update, state)
+    _, metrics = jax.jit(update)(state)
     np.testing.assert_allclose(metrics["explained_variance"], 0, atol=1e-6)
 
 
