@@ -3,6 +3,7 @@
 import functools
 import os
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -12,9 +13,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time would go into the compiler's optimisations. They change a program's speed
 # and its rounding, so that most tests do without them, for half of that time: not those that
 # compare bits or memory or run for long, which take `as_shipped`, nor those that start a script.
-QUICK_COMPILER = " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-USERS_XLA_FLAGS = os.environ.get("XLA_FLAGS", "").removesuffix(QUICK_COMPILER)
-os.environ["XLA_FLAGS"] = USERS_XLA_FLAGS + QUICK_COMPILER
+DEFAULTS, QUICKLY = {"xla_backend_optimization_level": 3}, {"xla_backend_optimization_level": 0}
+if version("jaxlib") < "0.11":  # later it is no longer a choice, and unknown flags are fatal
+    DEFAULTS["xla_cpu_use_fusion_emitters"] = True
+    QUICKLY["xla_cpu_use_fusion_emitters"] = False
+QUICK_FLAGS = "".join(f" --{name}={value}" for name, value in QUICKLY.items())
+USERS_FLAGS = os.environ.get("XLA_FLAGS", "").removesuffix(QUICK_FLAGS)
+os.environ["XLA_FLAGS"] = USERS_FLAGS + QUICK_FLAGS
 
 import gymnax  # noqa: E402
 import jax  # noqa: E402
@@ -120,7 +125,7 @@ def environment(tmp_path_factory):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": USERS_XLA_FLAGS,
+        "XLA_FLAGS": USERS_FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("cache")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -132,8 +137,5 @@ def keys():
     return lambda n: jax.vmap(jax.random.key)(jnp.arange(n))
 
 
-# `jit` as outside these tests, with XLA's default options.
-as_shipped = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True},
-)
+# `jit` as outside these tests: with XLA's defaults.
+as_shipped = functools.partial(jax.jit, compiler_options=DEFAULTS)
