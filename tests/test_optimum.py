@@ -24,7 +24,7 @@ def compare(env_id, act):
         x, y = task.observe(obs)
         action, same = jax.vmap(act)(keys, x, y)
         obs, env_state, next_obs, reward, terminated, _ = env.step(keys, env_state, action)
-        ours = jnp.broadcast_arrays(*task.step(x, y, same))
+        ours = list(jnp.broadcast_arrays(*task.step(x, y, same)))
         return (obs, env_state), (*task.observe(next_obs), reward, terminated, ours)
 
     *theirs, ours = jax.jit(lambda: jax.lax.scan(step, env.reset(keys[0]), keys[1:]))()[1]
