@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time would go into the compiler's optimisations. They change a program's speed
 # and its rounding, so that most tests do without them, for half of that time: not those that
-# compare bits or memory or run for long, which take `as_shipped`, nor those that start a script.
+# compare bits or run for long, which take `as_shipped`, nor those that start a script.
 DEFAULTS, QUICKLY = {"xla_backend_optimization_level": 3}, {"xla_backend_optimization_level": 0}
 if version("jaxlib") < "0.11":  # later it is no longer a choice, and unknown flags are fatal
     DEFAULTS["xla_cpu_use_fusion_emitters"] = True

@@ -114,11 +114,12 @@ def test_the_rollout_stores_the_raw_action_and_its_density(keys, monkeypatch):
     original = ppo_continuous.Transition
     record = lambda **fields: rollout.append(original(**fields)) or rollout[-1]
     monkeypatch.setattr(ppo_continuous, "Transition", record)
-    init, update = make_train(replace(SMALL, update_epochs=1))
-    state = init(keys(1)[0])
+    config = replace(SMALL, update_epochs=1, num_minibatches=1, num_steps=4, num_envs=16)
+    init, update = make_train(config)
+    state = jax.jit(init)(keys(1)[0])
     with jax.disable_jit():  # so that what is recorded are numbers
         update(state, None)
-    assert len(rollout) == SMALL.num_steps
+    assert len(rollout) == 4
     action = np.concatenate([step.action for step in rollout])
     log_prob = np.concatenate([step.log_prob for step in rollout])
     assert (np.abs(action) > 1).mean() > 0.2

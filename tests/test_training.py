@@ -97,7 +97,7 @@ def test_a_hyperparameter_can_be_vmapped(keys):
 def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
     def temporary(total_timesteps):
         config = replace(SMALL, total_timesteps=total_timesteps)
-        compiled = as_shipped(partial(train, config)).lower(keys(1)[0]).compile()
+        compiled = jax.jit(partial(train, config)).lower(keys(1)[0]).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = temporary(64 * 10), temporary(64 * 10_000)
