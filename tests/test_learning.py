@@ -63,7 +63,7 @@ def follows_its_target(metrics, config):
     """Whether d stays near d_targ on the median, after the first tenth of the updates.
 
     Of all seeds together: of the 43 updates of a single one the median may be 0.5 by chance. (After
-    500k steps of CartPole it lies between 0.77 and 1.02 in each of ten seeds.)
+    500k steps of CartPole it lies between 0.77 and 1.02 in each of ten seeds, jax 0.11.2.)
     """
     median = np.median(metrics["kl"][:, config.num_updates // 10 :]) / config.target_kl
     return 0.5 < median < 2

@@ -106,7 +106,7 @@ def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
     assert "callback" not in str(jax.make_jaxpr(partial(train, SMALL))(keys(1)[0]))
 
 
-def test_200_vmapped_initialisations_do_not_hang():
+def test_200_vmapped_initialisations_do_not_hang(environment):
     # Batched QR decompositions would, on two cores (jax 0.10): a subprocess, to be able to give up.
     code = (
         "import jax, jax.numpy as jnp, ppo_discrete\n"
@@ -116,7 +116,8 @@ def test_200_vmapped_initialisations_do_not_hang():
         "for i in range(200):\n"
         "    jax.block_until_ready(init(keys))\n"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=300, check=True)
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=True)
 
 
 @pytest.mark.parametrize("env_id", DISCRETE)
