@@ -1,6 +1,6 @@
 """Train script × environment with the documented command; write the README's tables and figures.
 
-    python benchmarks/learning.py                     # every cell that has no result yet
+    python benchmarks/learning.py                     # every cell that has no result of today
     python benchmarks/learning.py --only CartPole     # of these, those whose name contains this
     python benchmarks/learning.py --ablations         # the ablation study, likewise
     python benchmarks/learning.py --tables            # train nothing, write tables and figures
@@ -8,8 +8,9 @@
 
 A cell is one run of `python SCRIPT.py --env-id ... --total-timesteps ... --num-seeds ...`, no other
 flag. Its result is a CSV file in benchmarks/results/: one row per seed with the mean return of the
-greedy evaluation, below a line that says when and with what it was made; beside it the learning
-curve, thinned out. Delete a file to have it made again.
+greedy evaluation, below two lines that say when, on what and with which configuration it was made;
+beside it the learning curve, thinned out. A result of another configuration than today's, because a
+default or a preset has changed, counts as missing. Delete a file to have it made again.
 
 An ablation changes one thing: a value of the configuration, or one of the script's public
 functions, which is replaced in the loaded module. The scripts need no flag for it.
@@ -17,14 +18,15 @@ functions, which is replaced in the loaded module. The scripts need no flag for 
 
 import argparse
 import csv
+import dataclasses
 import functools
 import importlib
+import json
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -106,14 +108,24 @@ def result_path(script, env_id, steps, folder=RESULTS):
     return folder / f"{script}__{env_id}__{steps}.csv"
 
 
-def write_scores(path, scores, seconds, episodes):
-    """One row per seed, below a line that says how they were made."""
+def configuration(script, env_id, steps, num_seeds, **values):
+    """What a run of today writes into its config.json, with `values` instead of the defaults."""
+    config = importlib.import_module(script).default_config(env_id)
+    config = dataclasses.replace(config, total_timesteps=steps, num_seeds=num_seeds, **values)
+    stored = {"script": script, **dataclasses.asdict(config)}
+    del stored["resume"], stored["distributed"]
+    return json.loads(json.dumps(stored))
+
+
+def write_scores(path, config, scores, seconds, episodes):
+    """One row per seed, below two lines that say how they were made; `config` as in config.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "gymnax"))
     with path.open("w", newline="") as file:
         file.write(
             f"# {time.strftime('%Y-%m-%d')}, {seconds:.0f} s on the CPU ({platform.machine()}), "
             f"Python {platform.python_version()}, {versions}\n"
+            f"# {json.dumps(config)}\n"
         )
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["seed", "episodes", "mean_episodic_return"])
@@ -124,8 +136,17 @@ def write_scores(path, scores, seconds, episodes):
 def read_scores(path):
     """Mean return of each seed, [seeds]."""
     with path.open(newline="") as file:
+        rows = (line for line in file if not line.startswith("#"))
+        return np.array([float(r["mean_episodic_return"]) for r in csv.DictReader(rows)])
+
+
+def is_current(path, config):
+    """Whether there is a result, made with this configuration."""
+    if not path.exists():
+        return False
+    with path.open() as file:
         file.readline()
-        return np.array([float(r["mean_episodic_return"]) for r in csv.DictReader(file)])
+        return json.loads(file.readline().removeprefix("# ")) == config
 
 
 def interquartile_mean(x, axis=-1):
@@ -150,13 +171,14 @@ def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
         subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=empty, check=True)
         seconds = time.perf_counter() - start
         (run_dir,) = Path(empty).glob("runs/*")
+        config = json.loads((run_dir / "config.json").read_text())
         with (run_dir / "evaluation.csv").open(newline="") as file:
             rows = [(int(r["seed"]), float(r["episodic_return"])) for r in csv.DictReader(file)]
         with (run_dir / "metrics.csv").open(newline="") as file:
             curve = [(int(r["env_step"]), r["episodic_return"]) for r in csv.DictReader(file)]
     scores = [np.mean([value for other, value in rows if other == s]) for s in range(num_seeds)]
     path = result_path(script, env_id, steps, folder)
-    write_scores(path, scores, seconds, len(rows) // num_seeds)
+    write_scores(path, config, scores, seconds, len(rows) // num_seeds)
 
     # The curve: the mean of each hundredth of the run, one column per seed.
     env_steps = np.array([step for step, _ in curve]).reshape(-1, num_seeds)[:, 0]
@@ -176,8 +198,9 @@ def budget(steps):
     return f"{steps // 1_000_000}M" if steps % 1_000_000 == 0 else f"{steps // 1000}k"
 
 
-def cell_text(path):
-    if not path.exists():
+def cell_text(script, env_id, steps, num_seeds):
+    path = result_path(script, env_id, steps)
+    if not is_current(path, configuration(script, env_id, steps, num_seeds)):
         return ""
     scores = read_scores(path)
     if len(scores) == 1:
@@ -194,9 +217,9 @@ def results_table():
     """One row per environment and budget, one column per algorithm."""
     lines = ["| environment | steps | PPO, clip | PPO, KL penalty | TRPO | published PPO or TRPO |"]
     lines += ["|---|---|---|---|---|---|"]
-    for env_id, steps, _, published in ROWS + MINATAR:
+    for env_id, steps, num_seeds, published in ROWS + MINATAR:
         texts = [
-            cell_text(result_path(script_of(column, env_id), env_id, steps))
+            cell_text(script_of(column, env_id), env_id, steps, num_seeds)
             for column in (CLIP, PENALTY, TRPO)
         ]
         if any(texts):
@@ -210,11 +233,11 @@ def curves_figure():
     panels = figure.subplots(2, 3).ravel()
     for axes, (env_id, steps) in zip(panels, CURVES, strict=True):
         for column, label in LABELS.items():
-            path = result_path(script_of(column, env_id), env_id, steps)
-            path = path.with_suffix(".curve.csv")
-            if not path.exists():
+            script = script_of(column, env_id)
+            path = result_path(script, env_id, steps)
+            if not is_current(path, configuration(script, env_id, steps, 10)):
                 continue
-            data = np.genfromtxt(path, delimiter=",", skip_header=1)
+            data = np.genfromtxt(path.with_suffix(".curve.csv"), delimiter=",", skip_header=1)
             env_steps, returns = data[:, 0], data[:, 1:]
             known = np.isfinite(returns).all(axis=1)
             env_steps, returns = env_steps[known], returns[known]
@@ -310,13 +333,18 @@ def ablation_path(name, env_id):
     return RESULTS / "ablations" / f"{words}__{env_id}.csv"
 
 
-def run_ablation(name, env_id, steps, num_seeds=10):
+def ablation_configuration(name, env_id, steps):
+    column, values, _ = ABLATIONS[name]
+    return configuration(script_of(column, env_id), env_id, steps, 10, **values)
+
+
+def run_ablation(name, env_id, steps):
     """Train in this process, with one thing changed; same seeds and episodes as a cell's."""
     column, values, functions = ABLATIONS[name]
     script = importlib.import_module(script_of(column, env_id))
     originals = {function: getattr(script, function) for function in functions}
-    config = replace(script.default_config(env_id), total_timesteps=steps, **values)
-    keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+    config = dataclasses.replace(script.default_config(env_id), total_timesteps=steps, **values)
+    keys = jax.vmap(jax.random.key)(jnp.arange(10))
 
     def score(key):
         state, _ = script.train(config, key)
@@ -332,13 +360,16 @@ def run_ablation(name, env_id, steps, num_seeds=10):
         for function, original in originals.items():
             setattr(script, function, original)
     seconds = time.perf_counter() - start
-    write_scores(ablation_path(name, env_id), scores, seconds, script.EVALUATION_EPISODES)
+    stored = ablation_configuration(name, env_id, steps)
+    write_scores(ablation_path(name, env_id), stored, scores, seconds, script.EVALUATION_EPISODES)
     print(f"{name}, {env_id}: {interquartile_mean(scores):.2f} in {seconds:.0f} s", flush=True)
 
 
-def ablation_scores(name, env_id):
+def ablation_scores(name, env_id, steps):
+    """Mean return of each seed, or None where there is no result of today's configuration."""
     path = ablation_path(name, env_id)
-    return read_scores(path) if path.exists() else None
+    current = is_current(path, ablation_configuration(name, env_id, steps))
+    return read_scores(path) if current else None
 
 
 def ablation_table():
@@ -347,8 +378,8 @@ def ablation_table():
     lines += ["|---" * (len(ABLATION_ENVS) + 1) + "|"]
     for name in ABLATIONS:
         texts = []
-        for env_id, _ in ABLATION_ENVS:
-            scores = ablation_scores(name, env_id)
+        for env_id, steps in ABLATION_ENVS:
+            scores = ablation_scores(name, env_id, steps)
             if scores is None:
                 texts.append("")
                 continue
@@ -364,7 +395,7 @@ def ablation_figure():
     panels = figure.subplots(1, len(ABLATION_ENVS), sharey=True)
     for axes, (env_id, steps) in zip(panels, ABLATION_ENVS, strict=True):
         for row, name in enumerate(ABLATIONS):
-            scores = ablation_scores(name, env_id)
+            scores = ablation_scores(name, env_id, steps)
             if scores is None:
                 continue
             color = COLORS[ABLATIONS[name][0]]
@@ -407,12 +438,12 @@ def main():
         for env_id, steps in ABLATION_ENVS:
             for name in ABLATIONS:
                 wanted = arguments.only in f"{name} {env_id}"
-                if wanted and not ablation_path(name, env_id).exists():
+                if wanted and ablation_scores(name, env_id, steps) is None:
                     run_ablation(name, env_id, steps)
     elif not arguments.tables:
         for cell in cells():
             wanted = arguments.only in " ".join(map(str, cell))
-            if wanted and not result_path(*cell[:3]).exists():
+            if wanted and not is_current(result_path(*cell[:3]), configuration(*cell)):
                 run_cell(*cell)
     write_readme()
 
