@@ -1,6 +1,6 @@
 """Train script × environment with the documented command; write the README's tables and figures.
 
-    python benchmarks/learning.py                     # every cell that has no result of today
+    python benchmarks/learning.py                     # every cell without a current result
     python benchmarks/learning.py --only CartPole     # of these, those whose name contains this
     python benchmarks/learning.py --ablations         # the ablation study, likewise
     python benchmarks/learning.py --tables            # train nothing, write tables and figures
@@ -9,8 +9,8 @@
 A cell is one run of `python SCRIPT.py --env-id ... --total-timesteps ... --num-seeds ...`, no other
 flag. Its result is a CSV file in benchmarks/results/: one row per seed with the mean return of the
 greedy evaluation, below two lines that say when, on what and with which configuration it was made;
-beside it the learning curve, thinned out. A result of another configuration than today's, because a
-default or a preset has changed, counts as missing. Delete a file to have it made again.
+beside it the learning curve, thinned out. A result of another configuration than the current one,
+because a default or a preset has changed, counts as missing. Delete a file to have it made again.
 
 An ablation changes one thing: a value of the configuration, or one of the script's public
 functions, which is replaced in the loaded module. The scripts need no flag for it.
@@ -109,7 +109,7 @@ def result_path(script, env_id, steps, folder=RESULTS):
 
 
 def configuration(script, env_id, steps, num_seeds, **values):
-    """What a run of today writes into its config.json, with `values` instead of the defaults."""
+    """What a run writes into its config.json, with `values` in place of some defaults."""
     config = importlib.import_module(script).default_config(env_id)
     config = dataclasses.replace(config, total_timesteps=steps, num_seeds=num_seeds, **values)
     stored = {"script": script, **dataclasses.asdict(config)}
