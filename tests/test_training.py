@@ -334,8 +334,8 @@ def test_defaults_and_presets():
     assert ppo_discrete.default_config("CartPole-v1") == Config()
     mountain_car = ppo_discrete.default_config("MountainCar-v0")
     assert mountain_car == Config(env_id="MountainCar-v0", normalize_obs=True)
-    minatar = ppo_discrete.default_config("Asterix-MinAtar")
-    assert minatar.num_envs == 64 and minatar.env_id == "Asterix-MinAtar"
+    minatar = ppo_discrete.default_config("Seaquest-MinAtar")
+    assert minatar.num_envs == 64 and minatar.env_id == "Seaquest-MinAtar"
     # What holds for one environment goes before what holds for its family.
     breakout = ppo_discrete.default_config("Breakout-MinAtar")
     assert breakout == replace(
