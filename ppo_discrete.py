@@ -146,7 +146,10 @@ class Config:
                 f"num_minibatches = {self.num_minibatches} equal parts"
             )
         if self.minibatch_size < 2:
-            raise ValueError("minibatch_size 1 leaves nothing to normalise; lower num_minibatches")
+            raise ValueError(
+                "minibatch_size 1 leaves nothing to normalise; raise num_steps or num_envs, or "
+                "lower num_minibatches"
+            )
         if self.num_updates < 1:
             raise ValueError(
                 f"total_timesteps = {self.total_timesteps} is less than one rollout of "
@@ -474,10 +477,15 @@ def make_env(env_id: str) -> Environment:
             return jax.nn.one_hot(obs, obs_space.n)
         return jnp.ravel(obs).astype(jnp.float32)
 
+    def strong(env_state):
+        """The same without weak types, which some environments return in one of `reset` and `step`:
+        the first update would change the type, and a loop over `jit(update)` compile it twice."""
+        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), env_state)
+
     @jax.vmap
     def reset(key):
         obs, env_state = env.reset(key, env_params)
-        return observe(obs), env_state
+        return observe(obs), strong(env_state)
 
     @jax.vmap
     def step(key, env_state, action):
@@ -488,7 +496,7 @@ def make_env(env_id: str) -> Environment:
         )
         next_obs = observe(info["final_observation"])
         reward = jnp.asarray(reward, jnp.float32)
-        return observe(obs), env_state, next_obs, reward, terminated, truncated
+        return observe(obs), strong(env_state), next_obs, reward, terminated, truncated
 
     return Environment(reset, step, make_actor)
 
@@ -573,7 +581,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
-        state = State(
+        return State(
             params=params,
             opt_state=optimizer.init(params),
             obs_stats=init_stats(obs.shape[1:]) if config.normalize_obs else None,
@@ -586,9 +594,6 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             updates_done=jnp.asarray(0),
             key=key,
         )
-        # Some environments return weakly typed numbers. Left so, the first update would change the
-        # state's type, and a loop over `jit(update)` would compile it twice.
-        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), state)
 
     def env_step(state, keys):
         """One step of the N environments with the current policy."""
@@ -798,6 +803,8 @@ def parse_command_line() -> Config:
     finder.add_argument("--env-id", "--env_id", nargs="?")
     finder.add_argument("--resume", nargs="?")
     found = finder.parse_known_args()[0]
+    if found.resume == "":
+        fail("--resume needs the directory of a run")
     try:
         default = load_config(found.resume) if found.resume else default_config(found.env_id)
     except ValueError as error:
@@ -840,8 +847,10 @@ def make_mesh(num_seeds: int) -> Mesh:
     if num_seeds % devices:
         fewer = num_seeds // devices * devices
         would = f"{fewer} or {fewer + devices}" if fewer else devices
+        fitting = next(n for n in range(devices, 0, -1) if num_seeds % n == 0)
         raise ValueError(
-            f"num_seeds = {num_seeds} does not divide over {devices} devices; {would} would"
+            f"num_seeds = {num_seeds} does not divide over {devices} devices; {would} would, or "
+            f"{fitting} device{'s' * (fitting > 1)}"
         )
     return jax.make_mesh((devices,), ("seed",), axis_types=(AxisType.Auto,))
 
@@ -952,8 +961,8 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
     scores = returns.mean(axis=1)
     print(f"\ninterquartile mean over seeds: {interquartile_mean(scores):.2f}", end="")
     if config.num_seeds > 1:
-        interval = scipy.stats.bootstrap(
-            (scores,), interquartile_mean, method="percentile", rng=0
+        interval = scipy.stats.bootstrap(  # a thousand samples at a time, for the memory's sake
+            (scores,), interquartile_mean, batch=1000, method="percentile", rng=0
         ).confidence_interval
         print(f"   (95 % bootstrap interval {interval.low:.2f} to {interval.high:.2f})", end="")
     print()
@@ -965,15 +974,26 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
     `state` has shapes only. On resuming it comes back filled, with the number of updates done.
     """
     script, first_process = Path(__file__).stem, jax.process_index() == 0
-    now = int(multihost_utils.broadcast_one_to_all(np.uint32(time.time())))  # of the first process
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))
-    name = f"{config.env_id}__{script}__{config.seed}__{stamp}"
-    run_dir = Path(config.resume or Path("runs") / name)
+
+    def directory(second):
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(second))
+        return Path("runs") / f"{config.env_id}__{script}__{config.seed}__{stamp}"
+
+    second, created = int(time.time()), config.resume or not first_process
+    while not created:
+        try:
+            directory(second).mkdir(parents=True)
+            created = True
+        except FileExistsError:  # by a run that was started in the same second
+            second += 1
+        except OSError as error:
+            fail(f"cannot write to {directory(second)}: {error}")
+    second = int(multihost_utils.broadcast_one_to_all(np.uint32(second)))  # the first process's
+    run_dir = Path(config.resume or directory(second))
     # Orbax writes a checkpoint beside the old one and renames it when it is complete.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     try:
         if first_process and not config.resume:
-            run_dir.mkdir(parents=True)
             stored = {"script": script, **dataclasses.asdict(config)}
             del stored["resume"], stored["distributed"]
             (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
@@ -1018,16 +1038,16 @@ def check_finite(config: Config, first_update: int, metrics: dict, finite: np.nd
 
     `metrics` are [num_seeds, updates]; `finite` [num_seeds] says whether a seed's weights are.
     """
-    watched = [metrics[name] for name in metrics if name.endswith(("_loss", "_residual"))]
-    losses = np.isfinite(sum(watched))
-    if not losses.all():
-        update = int(np.argmin(losses.all(axis=0)))
-        seed = config.seed + int(np.argmin(losses[:, update]))
+    watched = [name for name in metrics if name.endswith(("_loss", "_residual"))]
+    bad = ~np.isfinite([metrics[name] for name in watched])  # [names, num_seeds, updates]
+    if bad.any():
+        update, seed, name = np.argwhere(bad.T)[0]  # the first update, in it the first seed
         raise FloatingPointError(
-            f"the loss of seed {seed} is not finite in update {first_update + update + 1}"
+            f"the {watched[name]} of seed {config.seed + seed} is not finite in update "
+            f"{first_update + update + 1}"
         )
     if not finite.all():
-        seed, last_update = config.seed + int(np.argmin(finite)), first_update + losses.shape[1]
+        seed, last_update = config.seed + int(np.argmin(finite)), first_update + bad.shape[2]
         raise FloatingPointError(
             f"the weights of seed {seed} are not finite after update {last_update}"
         )
@@ -1076,6 +1096,8 @@ def main() -> None:
     def stop(number, _):
         signals.append(number)
         handle(signal.SIG_DFL)  # the second one ends at once
+        # Not `print`, which fails if the signal came while it was printing.
+        os.write(2, b"\nstopping after this segment (once more: at once)\n")
 
     def handle(handler):
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1167,4 +1189,4 @@ if __name__ == "__main__":
     try:
         main()
     except OSError as error:  # the disk is full, say
-        fail(f"cannot write: {error}\nwhat is saved can be continued with --resume")
+        fail(f"cannot write: {error}\nwhat is saved, if anything, can be continued with --resume")

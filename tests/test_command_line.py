@@ -232,7 +232,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert process.returncode == 128 + number, errors
         assert f"--resume {run_dir.relative_to(tmp_path)}" in output
         assert (run_dir / "learning_curve.png").exists()
-        assert "Traceback" not in errors
+        assert "stopping after this segment" in errors and "Traceback" not in errors
     assert len(rows_of(run_dir / "metrics.csv")) < 2 * UPDATES, "it was not interrupted"
     assert not (run_dir / "checkpoints" / "0").exists(), "no later checkpoint was written"
 
@@ -262,10 +262,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
         *QUICK, "--total-timesteps", 6400, "--learning-rate", 1e38, "--max-grad-norm", 1e38
     )
     assert code == 1
-    assert re.search(r"the loss of seed \d is not finite in update \d+", errors)
+    assert re.search(r"the (policy|value)_loss of seed \d is not finite in update \d+", errors)
     assert "Traceback" not in errors
     checkpoints = [path.name for path in (only_run(tmp_path) / "checkpoints").iterdir()]
     assert checkpoints == ["0"]
+
+
+def test_the_first_value_that_is_not_finite_is_named():
+    config = ppo_discrete.Config(seed=10)
+    fine, weights = np.ones((3, 4)), np.array([True, True, True])
+    losses = {"value_loss": fine.copy(), "cg_residual": fine.copy(), "kl": fine * np.nan}
+    ppo_discrete.check_finite(config, 20, losses, weights)
+    losses["value_loss"][0, 3] = np.nan
+    losses["cg_residual"][2, 1] = np.inf
+    with pytest.raises(FloatingPointError, match=r"the cg_residual of seed 12 .* in update 22$"):
+        ppo_discrete.check_finite(config, 20, losses, weights)
+    with pytest.raises(FloatingPointError, match=r"the weights of seed 11 .* after update 24$"):
+        ppo_discrete.check_finite(config, 20, {"value_loss": fine}, weights & [True, False, True])
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 59.9)
+    for second in ("000059", "000100"):
+        run_dir, checkpoints, _, _ = ppo_discrete.open_run(ppo_discrete.Config(), None)
+        checkpoints.close()
+        assert run_dir.name == f"CartPole-v1__ppo_discrete__0__19700101-{second}"
+        assert (run_dir / "config.json").exists()
 
 
 BAD = {
@@ -278,6 +301,7 @@ BAD = {
     "too few steps": (["--total-timesteps", 10], "less than one rollout"),
     "unknown flag": (["--lerning-rate", 1], "--learning-rate"),
     "missing run": (["--resume", "nowhere"], "cannot continue from nowhere/config.json"),
+    "empty run": (["--resume", ""], "--resume needs the directory of a run"),
 }
 
 

@@ -129,6 +129,15 @@ def test_every_discrete_environment_trains(env_id, keys):
     assert int(state.updates_done) == 2
 
 
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "MetaMaze-misc", "Asterix-MinAtar"])
+def test_an_update_keeps_the_type_of_the_state(env_id):
+    init, update = ppo_discrete.make_train(ppo_discrete.Config(env_id=env_id))
+    before = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    after = jax.eval_shape(lambda state: update(state, None)[0], before)
+    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+    assert types(before) == types(after)
+
+
 def test_a_wrapped_environment_trains(keys):
     # A wrapper that changes `step` only, as sticky actions do: with p = 1 all actions are 0.
     from gymnax.wrappers.purerl import StickyActionWrapper

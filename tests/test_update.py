@@ -222,3 +222,11 @@ def test_initial_weights(script, keys):
             singular_values = np.linalg.svd(layers[f"Dense_{i}"]["kernel"], compute_uv=False)
             np.testing.assert_allclose(singular_values, gain, rtol=1e-3)
             assert not layers[f"Dense_{i}"]["bias"].any()
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
+def test_updates_run_where_numbers_are_double_by_default(script):
+    with jax.enable_x64(True):
+        init, update = script.make_train(small(script))
+        state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+        jax.eval_shape(lambda state: jax.lax.scan(update, state, None, 2), state)
