@@ -179,6 +179,9 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
+    "MinAtar": dict(num_envs=64, update_epochs=4, target_kl=0.01, activation="relu"),
+    "Asterix-MinAtar": dict(gae_lambda=0.65),
+    "Freeway-MinAtar": dict(gae_lambda=0.8),
 }
 
 

@@ -181,6 +181,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
     "MinAtar": dict(num_envs=64, num_steps=128, max_kl=0.03, update_epochs=4, activation="relu"),
+    "Asterix-MinAtar": dict(gae_lambda=0.65),
+    "Freeway-MinAtar": dict(gae_lambda=0.8),
 }
 
 

@@ -14,7 +14,7 @@ CLIPPED, BOTH_SPACES = {"ppo_discrete", "ppo_continuous"}, {"ppo_penalty", "trpo
 # Definitions that differ on purpose, and why: the text is the same only within these groups.
 SAME_WITHIN = {
     "Config": [],  # each algorithm has its own knobs
-    "PRESETS": [{"ppo_continuous", "ppo_penalty"}],  # each algorithm has its own knobs
+    "PRESETS": [],  # likewise
     "Actor": [BOTH_SPACES],  # returns the distribution that the actions need
     "action_interface": [BOTH_SPACES],  # discrete or continuous actions, or both
     "Transition": [],  # what of π_old the objective needs
