@@ -178,7 +178,8 @@ class Config:
 # MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, and 11 with
 # these values but δ = 0.01. That is two seeds each, so little more than a guess. A smaller λ takes
 # noise from the advantages: after 1.6M of 10M steps three seeds of Asterix return 4.7 in training
-# with 0.65, and 2.8 with 0.95; after all steps 26 with 0.65.
+# with 0.65, and 2.8 with 0.95; after all steps 26 with 0.65. Freeway returns 39 with 0.8 after all
+# steps, and 34 with 0.95.
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
