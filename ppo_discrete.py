@@ -50,6 +50,7 @@ count in full. The entropy bonus is there but off (c_2 = 0) unless the environme
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -478,8 +479,8 @@ def make_env(env_id: str) -> Environment:
         return jnp.ravel(obs).astype(jnp.float32)
 
     def strong(env_state):
-        """The same without weak types, which some environments return in one of `reset` and `step`:
-        the first update would change the type, and a loop over `jit(update)` compile it twice."""
+        """The same without weak types (those of Python's numbers), which some environments return
+        in one of `reset` and `step` only: a loop over `jit(update)` would compile it twice."""
         return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), env_state)
 
     @jax.vmap
@@ -979,11 +980,11 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(second))
         return Path("runs") / f"{config.env_id}__{script}__{config.seed}__{stamp}"
 
-    second, created = int(time.time()), config.resume or not first_process
-    while not created:
+    create, second = first_process and not config.resume, int(time.time())
+    while create:
         try:
             directory(second).mkdir(parents=True)
-            created = True
+            break
         except FileExistsError:  # by a run that was started in the same second
             second += 1
         except OSError as error:
@@ -993,7 +994,7 @@ def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager,
     # Orbax writes a checkpoint beside the old one and renames it when it is complete.
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     try:
-        if first_process and not config.resume:
+        if create:
             stored = {"script": script, **dataclasses.asdict(config)}
             del stored["resume"], stored["distributed"]
             (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
@@ -1096,8 +1097,10 @@ def main() -> None:
     def stop(number, _):
         signals.append(number)
         handle(signal.SIG_DFL)  # the second one ends at once
-        # Not `print`, which fails if the signal came while it was printing.
-        os.write(2, b"\nstopping after this segment (once more: at once)\n")
+        # Not `print`, which fails if the signal came while it was printing. Ctrl-C may also have
+        # ended whatever reads standard error.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this segment (once more: at once)\n")
 
     def handle(handler):
         for number in (signal.SIGINT, signal.SIGTERM):
