@@ -2,29 +2,36 @@
 
 The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
 reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
-E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
-estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
-makes an action more probable in proportion to its advantage, or less where that is negative.
+E[Σ γ^t r_t], where γ ≤ 1 discounts what comes later. The environment need not be differentiated for
+that: the parameters of π act through the probabilities of the actions alone, and as ∇π = π ∇ log π,
+the gradient of the expected return is E[Σ γ^t ∇ log π(a_t|s_t) G_t], where G_t is the return from
+step t on. Since E[∇ log π] = 0 in every state, one may subtract V(s_t), the return to be expected
+from s_t on, which removes noise. What is left is the advantage Â_t, an estimate of how much better
+a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t] makes an action more
+probable in proportion to its advantage, or less where that is negative. (Its factor γ^t is left
+out, as usual: late steps count in full.) π is the "actor"; V, fitted by regression, the "critic".
 
-Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves a stochastic policy π
-by gradient ascent on data that a slightly older policy π_old collected. The importance ratio
+Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves π by gradient
+ascent on data that a slightly older policy π_old collected. The importance ratio
 
-    r_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                                       (section 3)
+    ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
 
-corrects for the difference: E[r_t Â_t] has the policy gradient as its slope at r = 1. But it cannot
-be trusted far from there, since the states are still those that π_old visited, and large ratios
-make it noisy. The clipped objective takes away the reason to go further: once the ratio has left
-[1-ε, 1+ε] in the direction that its advantage favours, the gradient of that sample is zero; a
-sample that moved in the wrong direction is always pulled back.
+corrects for the difference: E[ρ_t Â_t], a mean over those data, has the policy gradient as its
+slope at ρ = 1, since ∇ρ = ∇ log π_θ there. But it cannot be trusted far from there, since the
+states are still those that π_old visited, and large ratios make it noisy. The clipped objective
+takes away the reason to go further: once the ratio has left [1-ε, 1+ε] in the direction that its
+advantage favours, the gradient of that sample is zero; a sample that moved in the wrong direction
+is always pulled back.
 
-    L_CLIP(θ) = E[ min( r_t Â_t , clip(r_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
+    L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
-    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
+    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)                                                    (eq. 12)
 
-γ ≤ 1 discounts what comes later, λ weighs noise against bias (see `gae`), V_target is Â_t + V(s_t),
-S the entropy; c_1 and c_2 are weights. The sum (11) stops where an episode ends, and after a true
-end V(s_{t+1}) counts as zero.
+λ weighs noise against bias (see `gae`). V without θ is the critic from before the update, so that
+Â_t and V_target = Â_t + V(s_t) are constants while π and V_θ are fitted. The entropy S favours a
+policy that has not settled yet and goes on exploring; c_1 and c_2 are weights. The sum (11) stops
+where an episode ends, and V(s_{t+1}) counts as zero there unless a time limit cut the episode.
 
 Each iteration rolls out N environments for T steps, estimates Â, and takes K epochs of minibatch
 steps with Adam. `train(config, key)` does all of it, environments included, in one pure function:
@@ -37,16 +44,16 @@ segments, to move a progress bar and write files between them.
 
 Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
 D = length of the observation vector, A = number of actions. Arrays of a rollout are [T, N, ...];
-under vmap a seed axis stands in front.
+under vmap a seed axis stands in front. In the code s_t is `obs`, and `State` the state of a
+training.
 
 Departures from the paper, explained where they occur: a time limit is not the end of an episode for
 the value function; advantages are normalised per minibatch; rewards, and observations on request,
 are scaled by running statistics and clipped; the learning rate falls to zero; the gradient norm is
 clipped; Adam's ε is 1e-5; weights start orthogonal; the value loss has a ½, and a clip on request.
 Most are among the details of Huang et al. 2022 ("The 37 Implementation Details of Proximal Policy
-Optimization") and were measured by Engstrom et al. 2020 or Andrychowicz et al. 2020. The factor γ^t
-that the policy gradient of a discounted return gives to step t is left out, as usual: late steps
-count in full. The entropy bonus is there but off (c_2 = 0) unless the environment needs it.
+Optimization") and were measured by Engstrom et al. 2020 or Andrychowicz et al. 2020. The entropy
+bonus is there but off (c_2 = 0) unless the environment needs it.
 """
 
 import argparse
@@ -102,7 +109,7 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1); matters where the norm is clipped
+    vf_coef: float = 0.5  # weight of the value loss (c_1); max_grad_norm feels it, Adam hardly
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = False  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
@@ -162,7 +169,7 @@ class Config:
 # MountainCar's velocity is tiny: with raw observations two of ten seeds have not found the goal
 # after 300k steps, with normalised ones all have after 100k. Raw is the default for CartPole's
 # sake: of 120 seeds none fails, of 120 with normalised ones one (six with four epochs), because
-# each change of the statistics changes the policy, and not to its advantage.
+# each change of the statistics changes the policy, mostly for the worse.
 # MinAtar, 10M steps, means of only three seeds: Breakout returns 63 with its family's values, 72
 # (24 to 102) with a higher learning rate and more entropy, 75 (46 to 92) with eight epochs besides;
 # SpaceInvaders 187 with its family's values, 175 with a higher learning rate and more entropy.
@@ -289,18 +296,18 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
-    "bootstrap". With λ = 1 every later V cancels in the sum of the δ: it trusts the rewards seen,
-    and V only where they stop (little bias, much noise). With λ = 0 it is δ_t alone (the reverse).
-    (The last exponent of eq. 11 is misprinted in the paper as T-t+1.)
+    δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
+    that were not seen, here of all later ones. With λ = 1 the V's between cancel in the sum:
+    the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With λ = 0 it
+    is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
-    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. A
-    step that is only cut by a time limit therefore still bootstraps (Pardo et al. 2018).
+    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. The
+    last step of an episode that was only cut therefore still bootstraps (Pardo et al. 2018,
+    arXiv:1712.00378).
 
-    All arrays [T, N]; returns the advantage Â and the critic's regression target Â + V, which is
-    the λ-return, both [T, N].
+    All arrays [T, N]; returns the advantage Â and the critic's target Â + V, both [T, N].
     """
     delta = reward + gamma * next_value * (1.0 - terminated) - value
 
@@ -317,16 +324,17 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 def normalize_advantage(advantage):
     """Mean 0 and deviation 1 over the data of one gradient step, which then does not depend on the
-    scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
+    scale of the rewards. The mean may go for the reason that V may, E[∇ log π] = 0, though it turns
+    some signs (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def clipped_surrogate(ratio, advantage, clip_eps):
     """L_CLIP (eq. 7), to be maximised: ratio and advantage [M] -> scalar.
 
-    The minimum makes it a lower bound of E[r Â]: clipping can lower what a sample contributes, but
-    not raise it. So the gradient is zero where Â > 0 and r > 1+ε, or Â < 0 and r < 1-ε; a ratio
-    that went the wrong way keeps its gradient.
+    The minimum makes it a lower bound of E[ρ Â]: clipping can lower what a sample contributes, but
+    not raise it. The clipped term is the smaller one, and constant, where Â > 0 and ρ > 1+ε, or
+    Â < 0 and ρ < 1-ε: there the gradient is zero. A ratio that went the wrong way keeps its own.
     """
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     return jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
@@ -340,7 +348,8 @@ def value_loss(value, target):
 def clipped_value_loss(value, old_value, target, clip_eps):
     """Value loss that gains nothing from moving V by more than ε (OpenAI baselines, not the paper).
 
-    The larger of both squared errors counts, like the smaller objective above. All [M] -> scalar.
+    The larger of both squared errors counts, like the smaller objective above. That ε is the
+    ratio's is custom: here it is in units of the scaled reward. All [M] -> scalar.
     """
     clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
     return 0.5 * jnp.mean(jnp.maximum((value - target) ** 2, (clipped - target) ** 2))
@@ -380,11 +389,11 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 
 
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
-    """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
+    """Rewards divided by the discounted return's deviation, clipped to ±10 (Engstrom et al. 2020).
 
     So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
-    taken from every reward would favour short or long episodes, and change the task. So does the
-    clip where one reward exceeds ten deviations, such as one for a goal after hundreds of steps.
+    taken from every reward would favour short or long episodes, and change the task. The clip does
+    change it where one reward exceeds ten deviations: one for a goal after hundreds of steps may.
     """
     if stats is None:
         return reward
@@ -429,12 +438,12 @@ class Environment(NamedTuple):
     """What the algorithm needs of an environment; both functions act on N copies at once."""
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
-    step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
+    step: Callable  # keys [N], env_state, action [N, ...] -> six results, see `step` in make_env
     make_actor: Callable  # hidden_sizes, activation -> the Actor for its actions
 
 
 def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
-    """Two functions: one makes the Actor, one maps its actions to the environment's, here equal."""
+    """Two functions: one makes the Actor, one maps its actions to the environment's (as is)."""
     from gymnax.environments import spaces  # here, for the reason given in make_env
 
     if isinstance(space, spaces.Box):
@@ -515,8 +524,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
-    # backwards, since the future is not known yet; its spread sets the scale of the rewards
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. It looks back where the
+    # return looks ahead: known at once, and of a similar spread, which sets the scale of rewards
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
@@ -603,7 +612,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         action = policy.sample(action_key)
         obs, env_state, next_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, action
-        )
+        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of eq. 12
         transition = Transition(
             obs=state.obs,
             next_obs=next_obs,
@@ -640,10 +649,10 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             if config.clip_vloss
             else value_loss(value, batch.target),
             "entropy": policy.entropy().mean(),
-            # E[(r - 1) - log r]: like -log r an unbiased estimate of KL(π_old ‖ π), but never
-            # negative and of less variance (J. Schulman, "Approximating KL divergence", 2020).
+            # E[(ρ - 1) - log ρ] estimates KL(π_old ‖ π) like E[-log ρ], but is never negative and
+            # varies less (J. Schulman, "Approximating KL Divergence", 2020).
             "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
-            # The share of ratios outside [1-ε, 1+ε], also of those that keep their gradient.
+            # The share of ratios outside [1-ε, 1+ε], even where the gradient is kept.
             "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
         }
         objective = (
@@ -658,8 +667,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         params, opt_state = carry
         minibatch = take(indices)
         gradient, metrics = jax.grad(loss, has_aux=True)(params, minibatch)
-        step, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(params, step), opt_state), metrics
+        change, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, change), opt_state), metrics
 
     def update(state, _):
         """One iteration: roll out, estimate advantages, take the epochs."""
@@ -671,7 +680,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
+        # π_old is the policy that acted; their statistics change for the next iteration only.
         # The reward scale may know the new returns at once: it is one factor for the whole rollout,
         # and V, which was learned in the old scale, is off by little once the statistics settle.
         # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
@@ -712,7 +721,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             "episodic_return": mean_of_ended(rollout.episode_return),
             "episodic_length": mean_of_ended(rollout.episode_length),
             **jax.tree.map(jnp.mean, step_metrics),
-            # 1 if V foretold its targets exactly, 0 or less if it is no better than a constant.
+            # 1 if V and its targets differ by a constant, 0 or less if V is no better than one.
             "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
@@ -1081,7 +1090,7 @@ def main() -> None:
             raise OSError(error) from error
 
     # Arrays that are spread over the processes become whole NumPy arrays in each of them. NumPy
-    # arrays, which each process has one of, are joined along their first axis.
+    # arrays, of which each process has one, are joined along their first axis.
     gather = partial(together, run_dir, multihost_utils.process_allgather, tiled=True)
     first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
     say = print if first_process else lambda *_: None

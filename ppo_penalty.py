@@ -2,19 +2,24 @@
 
 The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
 reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
-E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
-estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
-makes an action more probable in proportion to its advantage, or less where that is negative.
+E[Σ γ^t r_t], where γ ≤ 1 discounts what comes later. The environment need not be differentiated for
+that: the parameters of π act through the probabilities of the actions alone, and as ∇π = π ∇ log π,
+the gradient of the expected return is E[Σ γ^t ∇ log π(a_t|s_t) G_t], where G_t is the return from
+step t on. Since E[∇ log π] = 0 in every state, one may subtract V(s_t), the return to be expected
+from s_t on, which removes noise. What is left is the advantage Â_t, an estimate of how much better
+a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t] makes an action more
+probable in proportion to its advantage, or less where that is negative. (Its factor γ^t is left
+out, as usual: late steps count in full.) π is the "actor"; V, fitted by regression, the "critic".
 
 This is the other half of the PPO paper (Schulman et al. 2017, arXiv:1707.06347, section 4). TRPO
-improves a stochastic policy π by maximising, on data of a slightly older π_old, the surrogate
+improves π by maximising, on data of a slightly older π_old, the surrogate
 
-    L(θ) = E[ r Â ],    r = π_θ(a|s) / π_old(a|s)                                          (eq. 6)
+    L(θ) = E[ ρ Â ],    ρ = π_θ(a|s) / π_old(a|s)              (eq. 6, where the ratio ρ is r)
 
 under the constraint E[KL(π_old ‖ π_θ)] ≤ δ, which takes second-order methods. Here the constraint
 becomes a price, and Adam does the rest, in several epochs of minibatches:
 
-    L_KLPEN(θ) = E[ r Â - β KL(π_old(·|s) ‖ π_θ(·|s)) ]                                    (eq. 8)
+    L_KLPEN(θ) = E[ ρ Â - β KL(π_old(·|s) ‖ π_θ(·|s)) ]                                    (eq. 8)
 
 No β suits all tasks. For small steps L is linear with slope g and the KL divergence ½ xᵀF x, where
 F is the Fisher information matrix of π_old. The best step is then x = F⁻¹g / β, and moves the
@@ -39,7 +44,10 @@ the objective Σ π A - β KL is largest at π = β π_old / (ν - A), with ν s
 action dies out at once. The reverse direction would give π ∝ π_old exp(A/β), which falls faster.
 
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
-    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)          (here r_t is the reward of step t)        (eq. 12)
+    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)                                                    (eq. 12)
+
+λ weighs noise against bias (see `gae`); V in (12) is the critic from before the update, so that Â_t
+and its own target Â_t + V(s_t) are constants while both networks are fitted.
 
 `train(config, key)` runs a whole training, environments included, as one pure function:
 `jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
@@ -51,15 +59,15 @@ segments, to move a progress bar and write files between them.
 
 Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
 D = length of the observation vector, A = number of actions or of action dimensions. Arrays of a
-rollout are [T, N, ...]; under vmap a seed axis stands in front.
+rollout are [T, N, ...]; under vmap a seed axis stands in front. In the code s_t is `obs`, and
+`State` the state of a training.
 
 Departures from the paper, explained where they occur: β is clamped, and kept if d is not finite; a
 time limit is not the end of an episode for the value function; advantages are normalised per
 minibatch; observations and rewards are scaled by running statistics; the gradient norm is clipped;
 Adam's ε is 1e-5 and its learning rate falls; weights start orthogonal; the value loss has a ½;
-continuous actions are clipped and stretched to the bounds. The factor γ^t that the policy gradient
-of a discounted return gives to step t is left out, as usual: late steps count in full. "Huang et
-al." is "The 37 Implementation Details of Proximal Policy Optimization" (2022).
+continuous actions are clipped and stretched to the bounds. "Huang et al." is "The 37 Implementation
+Details of Proximal Policy Optimization" (2022).
 """
 
 import argparse
@@ -115,7 +123,7 @@ class Config:
     target_kl: float = 0.005  # d_targ, how far each update should move the policy
     beta: float = 1.0  # the penalty's weight β at the start; adapted within 1e-4 ... 1e4
     adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
-    vf_coef: float = 0.5  # weight of the value loss; matters where the norm is clipped
+    vf_coef: float = 0.5  # weight of the value loss; max_grad_norm feels it, Adam hardly
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = True  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
@@ -334,18 +342,18 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
-    "bootstrap". With λ = 1 every later V cancels in the sum of the δ: it trusts the rewards seen,
-    and V only where they stop (little bias, much noise). With λ = 0 it is δ_t alone (the reverse).
-    (The last exponent of eq. 11 is misprinted in the paper as T-t+1.)
+    δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
+    that were not seen, here of all later ones. With λ = 1 the V's between cancel in the sum:
+    the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With λ = 0 it
+    is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
-    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. A
-    step that is only cut by a time limit therefore still bootstraps (Pardo et al. 2018).
+    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. The
+    last step of an episode that was only cut therefore still bootstraps (Pardo et al. 2018,
+    arXiv:1712.00378).
 
-    All arrays [T, N]; returns the advantage Â and the critic's regression target Â + V, which is
-    the λ-return, both [T, N].
+    All arrays [T, N]; returns the advantage Â and the critic's target Â + V, both [T, N].
     """
     delta = reward + gamma * next_value * (1.0 - terminated) - value
 
@@ -362,12 +370,13 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 def normalize_advantage(advantage):
     """Mean 0 and deviation 1 over the data of one gradient step, which then does not depend on the
-    scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
+    scale of the rewards. The mean may go for the reason that V may, E[∇ log π] = 0, though it turns
+    some signs (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def surrogate(ratio, advantage):
-    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
+    """L = E[ρ Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
     return jnp.mean(ratio * advantage)
 
 
@@ -422,11 +431,11 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 
 
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
-    """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
+    """Rewards divided by the discounted return's deviation, clipped to ±10 (Engstrom et al. 2020).
 
     So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
-    taken from every reward would favour short or long episodes, and change the task. So does the
-    clip where one reward exceeds ten deviations, such as one for a goal after hundreds of steps.
+    taken from every reward would favour short or long episodes, and change the task. The clip does
+    change it where one reward exceeds ten deviations: one for a goal after hundreds of steps may.
     """
     if stats is None:
         return reward
@@ -471,7 +480,7 @@ class Environment(NamedTuple):
     """What the algorithm needs of an environment; both functions act on N copies at once."""
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
-    step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
+    step: Callable  # keys [N], env_state, action [N, ...] -> six results, see `step` in make_env
     make_actor: Callable  # hidden_sizes, activation -> the Actor for its actions
 
 
@@ -581,8 +590,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
-    # backwards, since the future is not known yet; its spread sets the scale of the rewards
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. It looks back where the
+    # return looks ahead: known at once, and of a similar spread, which sets the scale of rewards
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
@@ -671,7 +680,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         action = policy.sample(action_key)
         obs, env_state, next_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, action
-        )
+        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of eq. 12
         transition = Transition(
             obs=state.obs,
             next_obs=next_obs,
@@ -713,8 +722,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         params, opt_state = carry
         minibatch = take(indices)
         gradient, metrics = jax.grad(loss, has_aux=True)(params, beta, minibatch)
-        step, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(params, step), opt_state), metrics
+        change, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, change), opt_state), metrics
 
     def update(state, _):
         """One iteration: roll out, estimate advantages, take the epochs, adapt β."""
@@ -726,7 +735,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
+        # π_old is the policy that acted; their statistics change for the next iteration only.
         # The reward scale may know the new returns at once: it is one factor for the whole rollout,
         # and V, which was learned in the old scale, is off by little once the statistics settle.
         # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
@@ -776,7 +785,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             **jax.tree.map(jnp.mean, step_metrics),
             "kl": kl,
             "beta": state.beta,
-            # 1 if V foretold its targets exactly, 0 or less if it is no better than a constant.
+            # 1 if V and its targets differ by a constant, 0 or less if V is no better than one.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
@@ -1146,7 +1155,7 @@ def main() -> None:
             raise OSError(error) from error
 
     # Arrays that are spread over the processes become whole NumPy arrays in each of them. NumPy
-    # arrays, which each process has one of, are joined along their first axis.
+    # arrays, of which each process has one, are joined along their first axis.
     gather = partial(together, run_dir, multihost_utils.process_allgather, tiled=True)
     first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
     say = print if first_process else lambda *_: None

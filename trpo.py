@@ -2,13 +2,18 @@
 
 The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
 reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
-E[Σ γ^t r_t]. V(s) is the return to be expected from s on, fitted by regression; the advantage Â_t
-estimates how much better a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t]
-makes an action more probable in proportion to its advantage, or less where that is negative.
+E[Σ γ^t r_t], where γ ≤ 1 discounts what comes later. The environment need not be differentiated for
+that: the parameters of π act through the probabilities of the actions alone, and as ∇π = π ∇ log π,
+the gradient of the expected return is E[Σ γ^t ∇ log π(a_t|s_t) G_t], where G_t is the return from
+step t on. Since E[∇ log π] = 0 in every state, one may subtract V(s_t), the return to be expected
+from s_t on, which removes noise. What is left is the advantage Â_t, an estimate of how much better
+a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t] makes an action more
+probable in proportion to its advantage, or less where that is negative. (Its factor γ^t is left
+out, as usual: late steps count in full.) π is the "actor"; V, fitted by regression, the "critic".
 
-TRPO (Schulman et al. 2015, arXiv:1502.05477) makes the largest improvement of a stochastic policy π
-that data of the old policy π_old can vouch for. What the data promise is the surrogate L; how far
-they can be trusted is measured in the policies' outputs, not in their parameters:
+TRPO (Schulman et al. 2015, arXiv:1502.05477) makes the largest improvement of π that data of the
+old policy π_old can vouch for. What the data promise is the surrogate L; how far they can be
+trusted is measured in the policies' outputs, not in their parameters:
 
     maximise over θ    L(θ) = E[ π_θ(a|s) / π_old(a|s) · Â ]                (eq. 14, with Â for Q)
     subject to         E[ KL(π_old(·|s) ‖ π_θ(·|s)) ] ≤ δ
@@ -52,16 +57,16 @@ segments, to move a progress bar and write files between them.
 Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
 D = length of the observation vector, A = number of actions or of action dimensions, P = number of
 the policy's parameters. Arrays of a rollout are [T, N, ...]; under vmap a seed axis stands in
-front. λ is the damping, δ the size of the region; in `gae` they are those of Schulman et al. 2016.
+front. In the code s_t is `obs`, and `State` the state of a training. λ is the damping, δ the size
+of the region; in `gae` they are those of Schulman et al. 2016.
 
 Departures from the paper, explained where they occur: advantages are estimated by GAE with a
 learned critic (as in Schulman et al. 2016) and normalised; F is damped, and computed from all
 states instead of a tenth of them, which costs time and saves noise; a time limit is not the end of
 an episode for the value function; observations and rewards are scaled by running statistics (δ
 bounds the change of the policy under the statistics with which it acted); weights start orthogonal;
-Adam's ε is 1e-5; continuous actions are clipped and stretched to the bounds. The factor γ^t that
-the policy gradient of a discounted return gives to step t is left out, as usual: late steps count
-in full. "Huang et al." is "The 37 Implementation Details of Proximal Policy Optimization" (2022).
+Adam's ε is 1e-5; continuous actions are clipped and stretched to the bounds. "Huang et al." is "The
+37 Implementation Details of Proximal Policy Optimization" (2022).
 """
 
 import argparse
@@ -335,18 +340,18 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    δ_t is an estimate of the advantage from one reward: it trusts V for all that follows, the
-    "bootstrap". With λ = 1 every later V cancels in the sum of the δ: it trusts the rewards seen,
-    and V only where they stop (little bias, much noise). With λ = 0 it is δ_t alone (the reverse).
-    (The last exponent of eq. 11 is misprinted in the paper as T-t+1.)
+    δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
+    that were not seen, here of all later ones. With λ = 1 the V's between cancel in the sum:
+    the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With λ = 0 it
+    is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
-    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. A
-    step that is only cut by a time limit therefore still bootstraps (Pardo et al. 2018).
+    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. The
+    last step of an episode that was only cut therefore still bootstraps (Pardo et al. 2018,
+    arXiv:1712.00378).
 
-    All arrays [T, N]; returns the advantage Â and the critic's regression target Â + V, which is
-    the λ-return, both [T, N].
+    All arrays [T, N]; returns the advantage Â and the critic's target Â + V, both [T, N].
     """
     delta = reward + gamma * next_value * (1.0 - terminated) - value
 
@@ -363,12 +368,13 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 def normalize_advantage(advantage):
     """Mean 0 and deviation 1 over the data of one gradient step, which then does not depend on the
-    scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
+    scale of the rewards. The mean may go for the reason that V may, E[∇ log π] = 0, though it turns
+    some signs (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def surrogate(ratio, advantage):
-    """L = E[r Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
+    """L = E[ρ Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
     return jnp.mean(ratio * advantage)
 
 
@@ -517,11 +523,11 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 
 
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
-    """Rewards over the deviation of the discounted return, clipped to ±10 (Engstrom et al. 2020).
+    """Rewards divided by the discounted return's deviation, clipped to ±10 (Engstrom et al. 2020).
 
     So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
-    taken from every reward would favour short or long episodes, and change the task. So does the
-    clip where one reward exceeds ten deviations, such as one for a goal after hundreds of steps.
+    taken from every reward would favour short or long episodes, and change the task. The clip does
+    change it where one reward exceeds ten deviations: one for a goal after hundreds of steps may.
     """
     if stats is None:
         return reward
@@ -553,7 +559,7 @@ class Environment(NamedTuple):
     """What the algorithm needs of an environment; both functions act on N copies at once."""
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
-    step: Callable  # keys [N], env_state, action [N, ...] -> see `make_env`
+    step: Callable  # keys [N], env_state, action [N, ...] -> six results, see `step` in make_env
     make_actor: Callable  # hidden_sizes, activation -> the Actor for its actions
 
 
@@ -662,8 +668,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: the return summed
-    # backwards, since the future is not known yet; its spread sets the scale of the rewards
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. It looks back where the
+    # return looks ahead: known at once, and of a similar spread, which sets the scale of rewards
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
@@ -742,7 +748,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         action = policy.sample(action_key)
         obs, env_state, next_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, action
-        )
+        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of eq. 12
         transition = Transition(
             obs=state.obs,
             next_obs=next_obs,
@@ -811,8 +817,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         params, opt_state = carry
         minibatch = jax.tree.map(lambda x: x[indices], batch)
         critic_loss, gradient = jax.value_and_grad(loss)(params, minibatch)
-        step, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(params, step), opt_state), critic_loss
+        change, opt_state = optimizer.update(gradient, opt_state)
+        return (optax.apply_updates(params, change), opt_state), critic_loss
 
     def update(state, _):
         """One iteration: roll out, estimate advantages, step the actor, fit the critic."""
@@ -824,7 +830,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; the new ones enter the statistics of the next iteration.
+        # π_old is the policy that acted; their statistics change for the next iteration only.
         # The reward scale may know the new returns at once: it is one factor for the whole rollout,
         # and V, which was learned in the old scale, is off by little once the statistics settle.
         # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
@@ -874,7 +880,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             "episodic_length": mean_of_ended(rollout.episode_length),
             **policy_metrics,
             "value_loss": value_losses.mean(),
-            # 1 if V foretold its targets exactly, 0 or less if it is no better than a constant.
+            # 1 if V and its targets differ by a constant, 0 or less if V is no better than one.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
@@ -1243,7 +1249,7 @@ def main() -> None:
             raise OSError(error) from error
 
     # Arrays that are spread over the processes become whole NumPy arrays in each of them. NumPy
-    # arrays, which each process has one of, are joined along their first axis.
+    # arrays, of which each process has one, are joined along their first axis.
     gather = partial(together, run_dir, multihost_utils.process_allgather, tiled=True)
     first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
     say = print if first_process else lambda *_: None

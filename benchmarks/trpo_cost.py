@@ -100,10 +100,10 @@ def main():
     first = next(iter(parts))
     parts["whole update of TRPO, with its rollout"] = one_update(trpo, config)
     short = replace(config, update_epochs=1, num_minibatches=1)
-    parts["the same without fitting the critic (1 step)"] = one_update(trpo, short)
+    parts["the same with one step instead of fitting the critic"] = one_update(trpo, short)
     parts["whole update of ppo_discrete, with its rollout"] = one_update(ppo_discrete, ppo)
     short = replace(ppo, update_epochs=1, num_minibatches=1)
-    parts["the same without its epochs (1 step)"] = one_update(ppo_discrete, short)
+    parts["the same with one step instead of its epochs"] = one_update(ppo_discrete, short)
 
     repeats = 20
     seconds = {name: [] for name in parts}
