@@ -3,13 +3,14 @@
 The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
 reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
 E[Σ γ^t r_t], where γ ≤ 1 discounts what comes later. The environment need not be differentiated for
-that: the parameters of π act through the probabilities of the actions alone, and as ∇π = π ∇ log π,
-the gradient of the expected return is E[Σ γ^t ∇ log π(a_t|s_t) G_t], where G_t is the return from
-step t on. Since E[∇ log π] = 0 in every state, one may subtract V(s_t), the return to be expected
-from s_t on, which removes noise. What is left is the advantage Â_t, an estimate of how much better
-a_t was than V(s_t) promised. The policy gradient E[∇ log π(a_t|s_t) Â_t] makes an action more
-probable in proportion to its advantage, or less where that is negative. (Its factor γ^t is left
-out, as usual: late steps count in full.) π is the "actor"; V, fitted by regression, the "critic".
+that: it does not depend on the parameters of π, and as ∇π = π ∇ log π, the gradient of the expected
+return is E[Σ γ^t ∇ log π(a_t|s_t) G_t], where G_t = Σ_k γ^k r_{t+k} is the return from step t on
+(a_t has no part in what came before). Since E[∇ log π] = Σ_a ∇π = 0 in every state, one may
+subtract from G_t the return to be expected from s_t on, V(s_t), which usually removes noise. What
+is left is the advantage Â_t, an estimate of how much better a_t was than V(s_t) promised. The
+policy gradient E[∇ log π(a_t|s_t) Â_t] pushes each action's probability with its advantage as the
+weight: up, or down where that is negative. (Its factor γ^t is left out, as usual: late steps count
+in full.) π is the "actor"; V, fitted by regression, the "critic".
 
 Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves π by gradient
 ascent on data that a slightly older policy π_old collected. The importance ratio
@@ -21,7 +22,7 @@ slope at ρ = 1, since ∇ρ = ∇ log π_θ there. But it cannot be trusted far
 states are still those that π_old visited, and large ratios make it noisy. The clipped objective
 takes away the reason to go further: once the ratio has left [1-ε, 1+ε] in the direction that its
 advantage favours, the gradient of that sample is zero; a sample that moved in the wrong direction
-is always pulled back.
+is still pulled back by its own.
 
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
@@ -49,11 +50,11 @@ training.
 
 Departures from the paper, explained where they occur: a time limit is not the end of an episode for
 the value function; advantages are normalised per minibatch; rewards, and observations on request,
-are scaled by running statistics and clipped; the learning rate falls to zero; the gradient norm is
-clipped; Adam's ε is 1e-5; weights start orthogonal; the value loss has a ½, and a clip on request.
-Most are among the details of Huang et al. 2022 ("The 37 Implementation Details of Proximal Policy
-Optimization") and were measured by Engstrom et al. 2020 or Andrychowicz et al. 2020. The entropy
-bonus is there but off (c_2 = 0) unless the environment needs it.
+are scaled by running statistics and clipped; the learning rate falls to zero (in the paper on Atari
+only); the gradient norm is clipped; Adam's ε is 1e-5; weights start orthogonal; the value loss has
+a ½, and a clip on request. Most are among the details of Huang et al. 2022 ("The 37 Implementation
+Details of Proximal Policy Optimization") and were measured by Engstrom et al. 2020 or Andrychowicz
+et al. 2020. The entropy bonus is there but off (c_2 = 0) unless the environment needs it.
 """
 
 import argparse
@@ -109,7 +110,7 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1); max_grad_norm feels it, Adam hardly
+    vf_coef: float = 0.5  # weight of the value loss (c_1); max_grad_norm feels it, Adam does not
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = False  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
@@ -168,7 +169,7 @@ class Config:
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 # MountainCar's velocity is tiny: with raw observations two of ten seeds have not found the goal
 # after 300k steps, with normalised ones all have after 100k. Raw is the default for CartPole's
-# sake: of 120 seeds none fails, of 120 with normalised ones one (six with four epochs), because
+# sake: no seed of 120 fails, with normalised ones 1 of 120 does (6 with four epochs), because
 # each change of the statistics changes the policy, mostly for the worse.
 # MinAtar, 10M steps, means of only three seeds: Breakout returns 63 with its family's values, 72
 # (24 to 102) with a higher learning rate and more entropy, 75 (46 to 92) with eight epochs besides;
@@ -297,15 +298,15 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
     δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
-    that were not seen, here of all later ones. With λ = 1 the V's between cancel in the sum:
-    the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With λ = 0 it
-    is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
+    that were not seen or are not used, here of all later ones. With λ = 1 the V's between cancel in
+    the sum: the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With
+    λ = 0 it is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
     (terminated, or cut by a time limit) stops the recursion: the next row is another episode. The
-    last step of an episode that was only cut therefore still bootstraps (Pardo et al. 2018,
-    arXiv:1712.00378).
+    last step of an episode that was only cut still bootstraps: the limit is no part of the task,
+    and V stands for the rewards that would have followed (Pardo et al. 2018, arXiv:1712.00378).
 
     All arrays [T, N]; returns the advantage Â and the critic's target Â + V, both [T, N].
     """
@@ -323,9 +324,9 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the data of one gradient step, which then does not depend on the
-    scale of the rewards. The mean may go for the reason that V may, E[∇ log π] = 0, though it turns
-    some signs (OpenAI baselines; detail 7 of Huang et al.). Any shape; in PPO [M]."""
+    """Mean 0 and deviation 1 over the data of one gradient step, so that the policy's part in it
+    does not depend on the scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). The
+    mean may be subtracted for the reason that V may: E[∇ log π] = 0. Any shape; in PPO [M]."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -391,9 +392,9 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards divided by the discounted return's deviation, clipped to ±10 (Engstrom et al. 2020).
 
-    So the critic's targets vary on a similar scale in all environments. The mean stays: a constant
+    So the critic's targets vary on a similar scale in most environments. The mean stays: a constant
     taken from every reward would favour short or long episodes, and change the task. The clip does
-    change it where one reward exceeds ten deviations: one for a goal after hundreds of steps may.
+    change it where it cuts some rewards only, such as one for a goal after hundreds of steps.
     """
     if stats is None:
         return reward
@@ -524,8 +525,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. It looks back where the
-    # return looks ahead: known at once, and of a similar spread, which sets the scale of rewards
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. The return looks ahead
+    # instead; this is known at once and varies about as much, which sets the scale of the rewards
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
@@ -649,8 +650,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             if config.clip_vloss
             else value_loss(value, batch.target),
             "entropy": policy.entropy().mean(),
-            # E[(ρ - 1) - log ρ] estimates KL(π_old ‖ π) like E[-log ρ], but is never negative and
-            # varies less (J. Schulman, "Approximating KL Divergence", 2020).
+            # E[(ρ - 1) - log ρ] estimates KL(π_old ‖ π) like E[-log ρ], but is never negative and,
+            # near π_old, varies less (J. Schulman, "Approximating KL Divergence", 2020).
             "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
             # The share of ratios outside [1-ε, 1+ε], even where the gradient is kept.
             "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
@@ -721,7 +722,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             "episodic_return": mean_of_ended(rollout.episode_return),
             "episodic_length": mean_of_ended(rollout.episode_length),
             **jax.tree.map(jnp.mean, step_metrics),
-            # 1 if V and its targets differ by a constant, 0 or less if V is no better than one.
+            # 1 if V and its targets differ by a constant, 0 or less if a constant does as well.
             "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
             "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
         }
