@@ -300,7 +300,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
     that were not seen or are not used, here of all later ones. With λ = 1 the V's between cancel in
     the sum: the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With
-    λ = 0 it is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
+    λ = 0 it is δ_t alone (the reverse). (The PPO paper has T-t+1 as the last exponent of eq. 11, a
+    misprint.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
@@ -408,8 +409,8 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     the index sits in the low bits of a random word, and one sort of plain integers carries it
     along: three to seven times faster. Words whose random high bits agree keep the order of their
     indices: of 8192 transitions some 60 of 33 million pairs. A million has runs of about 256 such
-    words; even that matters little, since in each only what goes to either side of a minibatch
-    boundary is not left to chance.
+    words; even that matters little where M is far larger, since in each only what goes to either
+    side of a minibatch boundary is not left to chance.
     """
     index_bits = (batch_size - 1).bit_length()
     low = jnp.uint32(2**index_bits - 1)
@@ -526,7 +527,7 @@ class Transition(NamedTuple):
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
     discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. The return looks ahead
-    # instead; this is known at once and varies about as much, which sets the scale of the rewards
+    # instead; this is known at once and, if rewards are frequent, varies as much: their scale
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
@@ -613,7 +614,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         action = policy.sample(action_key)
         obs, env_state, next_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, action
-        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of eq. 12
+        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of PPO's eq. 12
         transition = Transition(
             obs=state.obs,
             next_obs=next_obs,
@@ -768,7 +769,7 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
         obs, env_state, _, reward, terminated, truncated = env.step(
             jax.random.split(env_key, num_episodes), env_state, policy.mode()
         )
-        episode_return += reward * playing
+        episode_return += jnp.where(playing, reward, 0.0)
         episode_length += playing
         playing &= ~(terminated | truncated)
         return key, obs, env_state, playing, episode_return, episode_length

@@ -12,20 +12,23 @@ policy gradient E[∇ log π(a_t|s_t) Â_t] pushes each action's probability wit
 weight: up, or down where that is negative. (Its factor γ^t is left out, as usual: late steps count
 in full.) π is the "actor"; V, fitted by regression, the "critic".
 
-TRPO (Schulman et al. 2015, arXiv:1502.05477) makes the largest improvement of π that data of the
-old policy π_old can vouch for. What the data promise is the surrogate L; how far they can be
-trusted is measured in the policies' outputs, not in their parameters:
+TRPO (Schulman et al. 2015, arXiv:1502.05477) makes the largest improvement of π within the region
+where data of the old policy π_old are trusted. What the data promise is the surrogate L; how far
+they are trusted is measured in the policies' outputs, not in their parameters. (A theorem in the
+paper guarantees improvement, for the largest KL over all states and a δ too small to be of use; the
+mean and a larger δ are its practical form. Single states may change by more.)
 
     maximise over θ    L(θ) = E[ π_θ(a|s) / π_old(a|s) · Â ]                (eq. 14, with Â for Q)
     subject to         E[ KL(π_old(·|s) ‖ π_θ(·|s)) ] ≤ δ
 
-Near θ_old, L is linear with the policy gradient g as its slope. The KL divergence has no linear
-part: it is zero at θ_old and nowhere smaller. Its quadratic part is given by the Fisher information
-matrix F of the policy:
+Near θ_old, L is linear with the policy gradient g as its slope, since ∇(π_θ/π_old) = ∇ log π_θ
+there. The KL divergence has no linear part: it is zero at θ_old and nowhere smaller. Its quadratic
+part is given by the Fisher information matrix F = E[∇ log π ∇ log πᵀ] of the policy:
 
     maximise over x    gᵀx    subject to    ½ xᵀF x ≤ δ                                   (eq. 17)
 
-whose solution is a step along the natural gradient F⁻¹g, to the edge of the region:
+whose solution, where F has an inverse, is a step along the natural gradient F⁻¹g, to the edge of
+the region:
 
     x = √( 2δ / gᵀF⁻¹g ) F⁻¹g                                                        (appendix C)
 
@@ -34,13 +37,14 @@ where the gradient leads to does. Four decisions make this a program:
 
 - F is never formed. Conjugate gradient solves F x = g from products F v alone, and such a product
   costs about as much as a gradient.
-- F is estimated from finitely many states. Along some directions in θ these hardly tell policies
-  apart, and F⁻¹ magnifies the noise of g there. So λ is added to its diagonal (damping): x ≈
-  (F+λI)⁻¹g, scaled to ½ xᵀ(F+λI) x = δ. To second order the KL of such a step is below δ. The price
-  is that λI does depend on the parameterisation.
-- Linear and quadratic model hold near θ_old only. So the step is a proposal: a line search shortens
-  it until L itself, on the data, has grown and the KL itself is at most δ. If nothing passes, θ
-  stays.
+- Some directions in θ do not change the policy, such as a constant added to all logits, or hardly
+  do in the states seen: F⁻¹ does not exist, or magnifies the noise of g there. So λ is added to the
+  diagonal (damping): x ≈ (F+λI)⁻¹g, scaled to ½ xᵀ(F+λI) x = δ. To second order the KL of such a
+  step is δ - ½ λ‖x‖². The price: where λ exceeds the eigenvalues of F, and these are most, x
+  follows the plain gradient, which does depend on the parameterisation.
+- Linear and quadratic model hold near θ_old only. So the step is a proposal: a line search tries
+  shorter and shorter ones, until L itself, on the data, has grown and the KL itself is at most δ.
+  If none passes, θ stays.
 - KL(π_old ‖ π_θ), in this direction: π_θ must not become unlikely where π_old acts, whose data are
   to vouch for it. To second order both directions agree; the line search tells them apart.
 
@@ -64,10 +68,11 @@ of the region; in `gae` they are those of Schulman et al. 2016.
 Departures from the paper, explained where they occur: advantages are estimated by GAE with a
 learned critic (as in Schulman et al. 2016) and normalised; F is damped, and computed from all
 states instead of a tenth of them, which costs time and saves noise; a time limit is not the end of
-an episode for the value function; observations and rewards are scaled by running statistics (δ
-bounds the change of the policy under the statistics with which it acted); weights start orthogonal;
-Adam's ε is 1e-5; continuous actions are clipped and stretched to the bounds. "Huang et al." is "The
-37 Implementation Details of Proximal Policy Optimization" (2022).
+an episode for the value function, and neither is that of a rollout, which has a fixed length;
+observations and rewards are scaled by running statistics (δ bounds the change of the policy under
+the statistics with which it acted); weights start orthogonal; the critic's Adam has an ε of 1e-5;
+continuous actions are clipped and stretched to the bounds. "Huang et al." is "The 37 Implementation
+Details of Proximal Policy Optimization" (2022).
 """
 
 import argparse
@@ -183,10 +188,10 @@ class Config:
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
 # and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
 # MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, and 11 with
-# these values but δ = 0.01. That is two seeds each, so little more than a guess. A smaller λ takes
-# noise from the advantages: after 1.6M of 10M steps three seeds of Asterix return 4.7 in training
-# with 0.65, and 2.8 with 0.95; after all steps 26 with 0.65. Freeway returns 39 with 0.8 after all
-# steps, and 34 with 0.95.
+# these values but δ = 0.01. That is two seeds each, so little more than a guess. A smaller
+# gae_lambda takes noise from the advantages: after 1.6M of 10M steps three seeds of Asterix return
+# 4.7 in training with 0.65, and 2.8 with 0.95; after all steps 26 with 0.65. Freeway returns 39
+# with 0.8 after all steps, and 34 with 0.95.
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
@@ -344,7 +349,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
     that were not seen or are not used, here of all later ones. With λ = 1 the V's between cancel in
     the sum: the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With
-    λ = 0 it is δ_t alone (the reverse). (The paper misprints the last exponent of eq. 11 as T-t+1.)
+    λ = 0 it is δ_t alone (the reverse). (The PPO paper has T-t+1 as the last exponent of eq. 11, a
+    misprint.)
 
     `next_value` is V of the observation that the step led to, even where the episode ended there.
     `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
@@ -414,7 +420,8 @@ def conjugate_gradient(product, b, num_iterations):
 
     Hestenes & Stiefel 1952: each direction is conjugate to all before, so that no iteration undoes
     another and P of them would be exact, but for rounding. Far fewer come near if most eigenvalues
-    are alike, as damping makes the small ones. b [P] -> x [P] and the residual b - F x [P].
+    are alike, as damping makes the small ones (TRPO passes F + λI as F). b [P] -> x [P] and the
+    residual b - F x [P].
     """
 
     def iteration(carry, _):
@@ -423,7 +430,7 @@ def conjugate_gradient(product, b, num_iterations):
         image = product(direction)
         curvature = direction @ image
         # x stays once it has converged to rounding (without this a 0/0 follows, at once if b = 0),
-        # and where the curvature is not positive; the residual is then the next direction to try.
+        # and where the curvature is not positive; then the residual is tried as the next direction.
         go = (square > jnp.finfo(b.dtype).eps ** 2 * (b @ b)) & (curvature > 0)
         length = jnp.where(go, square / curvature, 0.0)
         x = x + length * direction
@@ -542,8 +549,8 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     the index sits in the low bits of a random word, and one sort of plain integers carries it
     along: three to seven times faster. Words whose random high bits agree keep the order of their
     indices: of 8192 transitions some 60 of 33 million pairs. A million has runs of about 256 such
-    words; even that matters little, since in each only what goes to either side of a minibatch
-    boundary is not left to chance.
+    words; even that matters little where M is far larger, since in each only what goes to either
+    side of a minibatch boundary is not left to chance.
     """
     index_bits = (batch_size - 1).bit_length()
     low = jnp.uint32(2**index_bits - 1)
@@ -670,7 +677,7 @@ class Transition(NamedTuple):
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
     discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. The return looks ahead
-    # instead; this is known at once and varies about as much, which sets the scale of the rewards
+    # instead; this is known at once and, if rewards are frequent, varies as much: their scale
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
@@ -749,7 +756,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         action = policy.sample(action_key)
         obs, env_state, next_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, action
-        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of eq. 12
+        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of PPO's eq. 12
         transition = Transition(
             obs=state.obs,
             next_obs=next_obs,
@@ -856,8 +863,9 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         )
 
         # Step the actor. Its step does not depend on the scale of the advantages; their mean is
-        # taken away because it only adds noise. Conjugate gradient and the small differences that
-        # the line search tests want all of float32; by default GPUs and TPUs multiply with less.
+        # taken away because it adds noise, and to the expected gradient nothing. Conjugate gradient
+        # and the small differences that the line search tests want all of float32; by default
+        # recent GPUs and TPUs multiply with less.
         with jax.default_matmul_precision("highest"):
             actor_params, policy_metrics = policy_step(
                 state.params["actor"], obs, rollout.action, normalize_advantage(advantage)
@@ -927,7 +935,7 @@ def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
         obs, env_state, _, reward, terminated, truncated = env.step(
             jax.random.split(env_key, num_episodes), env_state, policy.mode()
         )
-        episode_return += reward * playing
+        episode_return += jnp.where(playing, reward, 0.0)
         episode_length += playing
         playing &= ~(terminated | truncated)
         return key, obs, env_state, playing, episode_return, episode_length
