@@ -17,32 +17,36 @@ improves π by maximising, on data of a slightly older π_old, the surrogate
 
     L(θ) = E[ ρ Â ],    ρ = π_θ(a|s) / π_old(a|s)              (eq. 6, where the ratio ρ is r)
 
-under the constraint E[KL(π_old ‖ π_θ)] ≤ δ, which takes second-order methods. Here the constraint
-becomes a price, and Adam does the rest, in several epochs of minibatches:
+under the constraint E[KL(π_old ‖ π_θ)] ≤ δ, which it meets by second-order methods. Here the
+constraint becomes a price, and Adam does the rest, in several epochs of minibatches:
 
     L_KLPEN(θ) = E[ ρ Â - β KL(π_old(·|s) ‖ π_θ(·|s)) ]                                    (eq. 8)
 
-No β suits all tasks. For small steps L is linear with slope g and the KL divergence ½ xᵀF x, where
-F is the Fisher information matrix of π_old. The best step is then x = F⁻¹g / β, and moves the
-policy by
+No β suits all tasks. For a small step x = θ - θ_old, L is linear with slope g and the KL divergence
+½ xᵀF x, where F is the Fisher information matrix of π_old. Then gᵀx - ½ β xᵀF x is largest where
+its gradient g - β F x is zero, at x = F⁻¹g / β (F⁻¹ a pseudo-inverse if F is singular), which moves
+the policy by
 
     d = ½ xᵀF x = gᵀF⁻¹g / 2β²,    so that    β* = √( gᵀF⁻¹g / 2 d_targ )
 
 is the price of a step of length d_targ: the Lagrange multiplier of TRPO's constraint with δ =
-d_targ. But gᵀF⁻¹g, how fast the surrogate can be improved, differs between tasks, and changes while
-a policy learns: a price that is right at first is too high or too low later. So β is adapted. After
+d_targ, what one unit more of δ would add to L. But gᵀF⁻¹g, that part of the variance of Â (which is
+normalised to 1) of which a change of θ can make use, differs between tasks, and changes while a
+policy learns: a price that is right at first is too high or too low later. So β is adapted. After
 each update d = E[KL(π_old ‖ π_θ)] is measured on the whole rollout, and the next update uses
 
     β / 2   if d < d_targ / 1.5,      2 β   if d > 1.5 d_targ,      else β.           (section 4)
 
-As far as the optimum is reached d falls with 1/β²: one step of the controller changes it by a
-factor of four, more than the 1.5² from edge to edge of the band. So β comes within a factor of 1.64
-of β*, wherever it starts, and may go to and fro between two values there. (As the learning rate
-goes to zero so does d, whatever β; then β falls towards its lower bound.) The KL divergence is the
-exact one between the stored and the new distribution, not an estimate from the sampled actions. Its
-direction matters: π_θ must not become unlikely where π_old acts. In a state with advantages A(a),
-the objective Σ π A - β KL is largest at π = β π_old / (ν - A), with ν such that π sums to one: no
-action dies out at once. The reverse direction would give π ∝ π_old exp(A/β), which falls faster.
+As far as steps are small and reach the optimum, d falls with 1/β²: one step of the controller
+changes it by a factor of four, more than the 1.5² from edge to edge of the band. So, while β* stays
+the same, β comes within a factor of 2 / √1.5 = 1.63 of it, wherever it starts, and may go to and
+fro between two values there. (As the learning rate goes to zero so does d, whatever β; then β falls
+towards its lower bound.) The KL divergence is the exact one between the stored and the new
+distribution, not an estimate from the sampled actions. For small steps its direction makes no
+difference, since both are ½ xᵀF x; for large ones this one charges most where π_θ becomes unlikely
+and π_old acts. In a state with advantages A(a), the objective Σ π A - β KL is largest at π = β
+π_old / (ν - A), where ν, above every A, makes π sum to one: a bad action fades like 1/A. The
+reverse direction would give π ∝ π_old exp(A/β), and it would fade exponentially.
 
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)                                                    (eq. 12)
@@ -121,7 +125,7 @@ class Config:
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     update_epochs: int = 8  # passes over each rollout (K)
     num_minibatches: int = 8  # minibatches per pass
-    target_kl: float = 0.005  # d_targ, how far each update should move the policy
+    target_kl: float = 0.005  # d_targ, the mean KL by which an update should move the policy
     beta: float = 1.0  # the penalty's weight β at the start; adapted within 1e-4 ... 1e4
     adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
     vf_coef: float = 0.5  # weight of the value loss; max_grad_norm feels it, Adam does not
@@ -184,8 +188,8 @@ class Config:
 # A swimmer may drift hundreds of units away from where it should be: after one such episode the
 # statistics of the observations leave no resolution there.
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
-# discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
-# and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
+# discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). ppo_continuous.py returns
+# 93.9 and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
 # MinAtar, 10M steps, means of only three seeds: Breakout returns 48 (29 to 85) with the values of
 # its family, 33 with the defaults. A smaller λ takes noise from the advantages: Asterix returns 34
 # with 0.65 and 22 with 0.95, Freeway 60 with 0.8 and 50 with 0.95.
@@ -315,7 +319,7 @@ class Actor(nn.Module):
     def __call__(self, obs):
         x = mlp(obs, self.hidden_sizes, self.activation)
         # Tiny weights: the first policy is nearly the same for every observation, with even odds or
-        # means near 0, the middle of the action range (Andrychowicz et al. 2020, 3.2).
+        # means near 0, the middle of a bounded range (Andrychowicz et al. 2020, 3.2).
         x = nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x)
         if self.distribution is Categorical:
             return Categorical(x)
@@ -390,8 +394,8 @@ def value_loss(value, target):
 def adapt_beta(beta, kl, target_kl):
     """The penalty's weight for the next update: β [], d = `kl` [] and d_targ -> β [] (section 4).
 
-    The bounds keep a β that has had no effect for long, say at a solved task, from vanishing or
-    overflowing. A d that is not finite says nothing: β is left alone.
+    The bounds keep a β that has had no effect for long, say while the learning rate ends, from
+    vanishing or overflowing. A d that is not finite comes of broken weights: β is left alone.
     """
     new_beta = jnp.where(
         kl < target_kl / 1.5, beta / 2, jnp.where(kl > 1.5 * target_kl, 2 * beta, beta)
@@ -711,6 +715,7 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         policy = actor.apply(params["actor"], batch.obs)
         value = critic.apply(params["critic"], batch.obs)
         ratio = jnp.exp(policy.log_prob(batch.action) - batch.log_prob)
+        # Zero with its slope at θ_old: it holds back all gradient steps of an update but the first.
         penalty = beta * batch.policy.kl(policy).mean()
         metrics = {
             "policy_loss": penalty - surrogate(ratio, normalize_advantage(batch.advantage)),

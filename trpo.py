@@ -185,8 +185,8 @@ class Config:
 # A swimmer may drift hundreds of units away from where it should be: after one such episode the
 # statistics of the observations leave no resolution there.
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
-# discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
-# and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
+# discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). ppo_continuous.py returns
+# 93.9 and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
 # MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, and 11 with
 # these values but δ = 0.01. That is two seeds each, so little more than a guess. A smaller
 # gae_lambda takes noise from the advantages: after 1.6M of 10M steps three seeds of Asterix return
@@ -318,7 +318,7 @@ class Actor(nn.Module):
     def __call__(self, obs):
         x = mlp(obs, self.hidden_sizes, self.activation)
         # Tiny weights: the first policy is nearly the same for every observation, with even odds or
-        # means near 0, the middle of the action range (Andrychowicz et al. 2020, 3.2).
+        # means near 0, the middle of a bounded range (Andrychowicz et al. 2020, 3.2).
         x = nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x)
         if self.distribution is Categorical:
             return Categorical(x)
