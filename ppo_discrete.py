@@ -178,8 +178,12 @@ class Config:
 # A smaller λ takes noise from the advantages: Asterix returns 24 with 0.65 and 14 with 0.95,
 # Freeway 62 with 0.8 and 59 with 0.95. But Breakout falls to 54 (29 to 85) with 0.8, and
 # SpaceInvaders, which learns faster with it at first, to 175.
+# DeepSea pays at the end of one of 2^8 paths only: a random policy misses it in 2048 episodes, a
+# first rollout with 128 environments, with probability e^-8, and no seed of twenty failed. With 16
+# environments it is e^-1, and six of ten failed.
 PRESETS: dict[str, dict[str, Any]] = {
     "MountainCar-v0": dict(normalize_obs=True),
+    "DeepSea-bsuite": dict(num_envs=128),
     "MinAtar": dict(
         num_envs=64,
         learning_rate=1e-3,

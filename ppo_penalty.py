@@ -193,9 +193,13 @@ class Config:
 # MinAtar, 10M steps, means of only three seeds: Breakout returns 48 (29 to 85) with the values of
 # its family, 33 with the defaults. A smaller λ takes noise from the advantages: Asterix returns 34
 # with 0.65 and 22 with 0.95, Freeway 60 with 0.8 and 50 with 0.95.
+# DeepSea pays at the end of one of 2^8 paths only: a random policy misses it in 2048 episodes, a
+# first rollout with 128 environments, with probability e^-8, and no seed of twenty failed. With 16
+# environments it is e^-1, and four of ten failed.
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
+    "DeepSea-bsuite": dict(num_envs=128),
     "MinAtar": dict(num_envs=64, update_epochs=4, target_kl=0.01, activation="relu"),
     "Asterix-MinAtar": dict(gae_lambda=0.65),
     "Freeway-MinAtar": dict(gae_lambda=0.8),
