@@ -403,7 +403,7 @@ def fisher_vector_product(policy_at, theta):
     mean KL in these. The chain rule's other term contains the first derivative of the KL, which is
     zero there. So a product needs one pass through the linearised network and one back; the
     activations they share are computed once, by `linearize`. To linearise the gradient of the KL
-    instead is shorter but takes a quarter longer, since it computes the term that is zero, too.
+    instead is shorter but takes a fifth longer, since it computes the term that is zero, too.
     """
     old_policy, jacobian = jax.linearize(policy_at, theta)
     transpose = jax.linear_transpose(jacobian, theta)
