@@ -22,7 +22,7 @@ slope at ρ = 1, since ∇ρ = ∇ log π_θ there. But it cannot be trusted far
 states are still those that π_old visited, and large ratios make it noisy. The clipped objective
 takes away the reason to go further: once the ratio has left [1-ε, 1+ε] in the direction that its
 advantage favours, the gradient of that sample is zero; a sample that moved in the wrong direction
-is still pulled back by its own.
+keeps its gradient, which pulls it back.
 
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
@@ -543,8 +543,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. The return looks ahead
-    # instead; this is known at once and, if rewards are frequent, varies as much: their scale
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: like the return, but
+    # backwards, so known at once. Its deviation over all steps is the scale of the rewards.
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 

@@ -44,8 +44,8 @@ fro between two values there. (As the learning rate goes to zero so does d, what
 towards its lower bound.) The KL divergence is the exact one between the stored and the new
 distribution, not an estimate from the sampled actions. For small steps its direction makes no
 difference, since both are ½ xᵀF x; for large ones this one charges most where π_θ becomes unlikely
-and π_old acts. In a state with advantages A(a), the objective Σ π A - β KL is largest at π = β
-π_old / (ν - A), where ν, above every A, makes π sum to one: a bad action fades like 1/A. The
+and π_old acts. In a state with advantages A(a), the objective Σ π A - β KL is largest at
+π = β π_old / (ν - A), where ν, above every A, makes π sum to one: a bad action fades like 1/A. The
 reverse direction would give π ∝ π_old exp(A/β), and it would fade exponentially.
 
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
@@ -600,8 +600,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. The return looks ahead
-    # instead; this is known at once and, if rewards are frequent, varies as much: their scale
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: like the return, but
+    # backwards, so known at once. Its deviation over all steps is the scale of the rewards.
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 

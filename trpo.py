@@ -68,7 +68,7 @@ of the region; in `gae` they are those of Schulman et al. 2016.
 Departures from the paper, explained where they occur: advantages are estimated by GAE with a
 learned critic (as in Schulman et al. 2016) and normalised; F is damped, and computed from all
 states instead of a tenth of them, which costs time and saves noise; a time limit is not the end of
-an episode for the value function, and neither is that of a rollout, which has a fixed length;
+an episode for the value function, and neither is the end of a rollout, whose length is fixed;
 observations and rewards are scaled by running statistics (δ bounds the change of the policy under
 the statistics with which it acted); weights start orthogonal; the critic's Adam has an ε of 1e-5;
 continuous actions are clipped and stretched to the bounds. "Huang et al." is "The 37 Implementation
@@ -680,8 +680,8 @@ class Transition(NamedTuple):
     reward: jax.Array  # [N] unscaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far. The return looks ahead
-    # instead; this is known at once and, if rewards are frequent, varies as much: their scale
+    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: like the return, but
+    # backwards, so known at once. Its deviation over all steps is the scale of the rewards.
     episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
     episode_length: jax.Array  # [N] its number of steps
 
