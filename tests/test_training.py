@@ -348,7 +348,12 @@ def test_defaults_and_presets():
     # What holds for one environment goes before what holds for its family.
     breakout = ppo_discrete.default_config("Breakout-MinAtar")
     assert breakout == replace(
-        minatar, env_id="Breakout-MinAtar", learning_rate=2e-3, update_epochs=8, ent_coef=0.02
+        minatar,
+        env_id="Breakout-MinAtar",
+        num_envs=128,
+        learning_rate=2e-3,
+        update_epochs=8,
+        ent_coef=0.02,
     )
     for script in (ppo_continuous, ppo_penalty, trpo):
         assert not script.default_config("Swimmer-misc").normalize_obs
