@@ -271,6 +271,47 @@ def test_shuffled_indices_are_uniform():
     assert neighbours == pytest.approx(1 / 3, abs=0.03)
 
 
+# The known answers of Random123, whose authors invented Threefry (tests/kat_vectors there).
+@pytest.mark.parametrize(
+    "key, count, answer",
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_gives_the_known_answers(key, count, answer):
+    words = [jnp.uint32(word) for word in (*key, *count)]
+    assert tuple(map(int, ppo_discrete.threefry2x32(*words))) == answer
+    assert tuple(map(int, jax.jit(ppo_discrete.threefry2x32)(*words))) == answer
+
+
+def test_random_numbers_are_those_of_jax():
+    # The literals come from jax.random in a process that had imported no script.
+    bits = jax.vmap(lambda seed: jax.random.bits(jax.random.key(seed), (2,), jnp.uint32))
+    np.testing.assert_array_equal(
+        bits(jnp.asarray([0, 42])), [[0xF29A4FA7, 0xFA843692], [0x7D1C13A2, 0xAE0730D9]]
+    )
+    key = jax.random.key(7)
+    np.testing.assert_array_equal(
+        jax.random.key_data(jax.random.split(key, 2)),
+        [[3625411723, 1954958720], [195045567, 4062205631]],
+    )
+    np.testing.assert_array_equal(
+        jax.random.key_data(jax.random.fold_in(key, 5)), [3583082021, 1947592014]
+    )
+
+
+def test_random_numbers_are_compiled_without_loops():
+    def draw(key):  # as gymnax does: split, split again, draw, under vmap
+        keys = jax.random.split(jax.random.split(key)[1], 4)
+        return jax.vmap(lambda key: jax.random.uniform(key, (4,)))(keys)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    program = jax.jit(jax.vmap(draw)).lower(keys).compile().as_text()
+    assert "fusion(" in program and "while(" not in program
+
+
 @pytest.mark.parametrize("shape", [(4, 64), (64, 64), (400, 64), (64, 1)])
 def test_orthogonal_initialiser(shape):
     for seed in range(5):
