@@ -177,7 +177,7 @@ class Config:
 # statistics of the observations leave no resolution there.
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
-# and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
+# and 95.6 after 1M steps, 93.5 and 92.7 after 100k.
 PRESETS: dict[str, dict[str, Any]] = {
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),

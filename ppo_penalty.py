@@ -191,7 +191,7 @@ class Config:
 # statistics of the observations leave no resolution there.
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). ppo_continuous.py returns
-# 93.9 and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
+# 93.9 and 95.6 after 1M steps, 93.5 and 92.7 after 100k.
 # MinAtar, 10M steps, means of only three seeds: Breakout returns 48 (29 to 85) with the values of
 # its family, 33 with the defaults. A smaller λ takes noise from the advantages: Asterix returns 34
 # with 0.65 and 22 with 0.95, Freeway 60 with 0.8 and 50 with 0.95.

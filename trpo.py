@@ -188,7 +188,7 @@ class Config:
 # statistics of the observations leave no resolution there.
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). ppo_continuous.py returns
-# 93.9 and 95.6 after 1M steps, 93.5 and 92.8 after 100k.
+# 93.9 and 95.6 after 1M steps, 93.5 and 92.7 after 100k.
 # MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, and 11 with
 # these values but δ = 0.01. That is two seeds each, so little more than a guess. A smaller
 # gae_lambda takes noise from the advantages: after 1.6M of 10M steps three seeds of Asterix return

@@ -247,7 +247,7 @@ def by_number(scripts, seeds, environments, rounds):
     panels[1].set(xlabel="environments of a single seed")
     for axes in panels:
         axes.grid(alpha=0.3)
-    panels[0].legend()
+    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="lower right")
     figure.suptitle(f"128 steps per update, {jax.devices()[0].device_kind}")
     figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=110)
 
