@@ -442,26 +442,31 @@ def make_take(batch):
 
 
 def threefry2x32(key0, key1, count0, count1):
-    """The hash behind `jax.random`: all uint32 [...] -> two of [...], random bits for each count.
+    """The hash behind `jax.random`: a key and a count, two uint32 each -> two random uint32.
 
-    It is Threefry-2x32 with 20 rounds (Salmon et al. 2011), bit for bit what JAX has. But JAX makes
-    a loop of the rounds on the CPU, whose tiny operations in every step of an environment cost more
-    than the environment. Written out they become one operation: small trainings run a tenth faster,
-    and all compile in little more than half the time. The barrier keeps keys that are split again
-    and again from becoming one expression, which would double with each split until XLA hangs.
+    Arrays broadcast: usually one key meets many counts. It is Threefry-2x32 with 20 rounds (Salmon
+    et al. 2011), bit for bit what JAX has. But on the CPU JAX runs the rounds in a loop, and in
+    every step of a cheap environment such loops cost more than the environment. Written out they
+    are plain arithmetic, which XLA fuses into one operation: small trainings run a tenth faster,
+    and all compile in little more than half the time. The barrier changes no value. It stops XLA
+    from merging a split of keys with the split that they came from: as each word of a hash needs
+    both words of its key, the merged expression would double with each split, until compiling never
+    ends.
     """
     key0, key1 = jax.lax.optimization_barrier((key0, key1))
-    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))
+    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))  # a constant of Threefry's
     x, y = count0 + key0, count1 + key1
     for i in range(5):
-        for bits in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+        for shift in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
             x = x + y
-            y = x ^ ((y << bits) | (y >> (32 - bits)))  # y is rotated to the left
+            y = x ^ ((y << shift) | (y >> (32 - shift)))  # y is rotated to the left
         x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
     return x, y
 
 
-# Tell JAX to compile this for the CPU wherever the process draws random numbers from now on.
+# Replace JAX's own rule, for the CPU only, in whatever the process compiles from now on, other code
+# included: hence at import. The random numbers stay the same. Neither import is stable API: if a
+# new JAX breaks this, delete it with its imports; training only gets slower.
 mlir.register_lowering(
     threefry2x32_p, mlir.lower_fun(threefry2x32, multiple_results=True), platform="cpu"
 )
