@@ -333,6 +333,27 @@ def test_evaluation_plays_the_mode_of_the_normalised_observation(keys):
     np.testing.assert_array_equal(returns, lengths)
 
 
+class FirstEpisode(Probe):
+    """Pays 1 in the episode that `reset` begins and NaN in those after it; ends at random."""
+
+    def reset(self, key, params=None):
+        obs, state = super().reset(key, params)
+        return obs, state.replace(cue=jnp.full(1, 2.0))  # those after it begin with a cue of 1
+
+    def step_env(self, key, state, action, params):
+        obs, new_state, *_ = super().step_env(key, state, action, params)
+        reward = jnp.where(state.cue[0] == 2, 1.0, jnp.nan)
+        return obs, new_state.replace(cue=state.cue), reward, jax.random.bernoulli(key), {}
+
+
+def test_what_follows_an_evaluation_episode_does_not_count(keys):
+    gymnax.register("FirstEpisode-test", lambda: FirstEpisode(lambda cue, action, time: 1.0))
+    config = replace(SMALL, env_id="FirstEpisode-test")
+    returns, lengths = evaluate(config, make_train(config)[0](keys(1)[0]), keys(1)[0], 50)
+    assert len(np.unique(lengths)) > 1
+    np.testing.assert_array_equal(returns, lengths)
+
+
 # ---- Configuration ----
 
 
