@@ -426,11 +426,12 @@ def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
     """Merge a rollout x, [T, N, ...], into the statistics (Chan, Golub & LeVeque 1979)."""
     n, mean, var = x.shape[0] * x.shape[1], x.mean((0, 1)), x.var((0, 1))
     count = stats.count + n
+    weight = n / count  # of the rollout in the new statistics
     delta = mean - stats.mean
-    spread = stats.count * n / count * delta**2  # what the two means' distance adds
+    spread = (1.0 - weight) * delta**2  # what the distance of the two means adds
     return RunningStats(
-        mean=stats.mean + delta * n / count,
-        var=(stats.count * stats.var + n * var + spread) / count,
+        mean=stats.mean + weight * delta,
+        var=stats.var + weight * (var - stats.var + spread),
         count=count,
     )
 
@@ -439,7 +440,9 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Observations [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged without stats."""
     if stats is None:
         return obs
-    return jnp.clip((obs - stats.mean) / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+    # Times 1/√, not divided by √: XLA would replace some of the divisions by that and leave others,
+    # and the same observation would be rounded one way in the rollout, another in the update.
+    return jnp.clip((obs - stats.mean) * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
 def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
@@ -451,7 +454,7 @@ def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """
     if stats is None:
         return reward
-    return jnp.clip(reward / jnp.sqrt(stats.var + 1e-8), -10.0, 10.0)
+    return jnp.clip(reward * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
 def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
