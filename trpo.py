@@ -504,7 +504,7 @@ def line_search(measure, theta, step, max_kl, num_tries, ratio):
 
 
 class RunningStats(NamedTuple):
-    """Mean and variance of everything seen so far, per component."""
+    """Mean and variance of the rollouts merged so far, per component."""
 
     mean: jax.Array  # [...]
     var: jax.Array  # [...]
@@ -522,10 +522,10 @@ def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
     count = stats.count + n
     weight = n / count  # of the rollout in the new statistics
     delta = mean - stats.mean
-    spread = (1.0 - weight) * delta**2  # what the distance of the two means adds
+    spread = weight * (1.0 - weight) * delta**2  # what the distance of the two means adds
     return RunningStats(
         mean=stats.mean + weight * delta,
-        var=stats.var + weight * (var - stats.var + spread),
+        var=(1.0 - weight) * stats.var + weight * var + spread,
         count=count,
     )
 
@@ -535,7 +535,7 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
     if stats is None:
         return obs
     # Times 1/√, not divided by √: XLA would replace some of the divisions by that and leave others,
-    # and the same observation would be rounded one way in the rollout, another in the update.
+    # so that rounding would depend on the number of devices, and differ from rollout to update.
     return jnp.clip((obs - stats.mean) * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
