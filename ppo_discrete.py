@@ -358,8 +358,8 @@ def value_loss(value, target):
 def clipped_value_loss(value, old_value, target, clip_eps):
     """Value loss that gains nothing from moving V by more than ε (OpenAI baselines, not the paper).
 
-    The larger of both squared errors counts, like the smaller objective above. That ε is the
-    ratio's is custom: here it is in units of the scaled reward. All [M] -> scalar.
+    The larger of both squared errors counts, like the smaller objective above. By custom ε is that
+    of the ratio, although V is in units of the (scaled) reward. All [M] -> scalar.
     """
     clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
     return 0.5 * jnp.mean(jnp.maximum((value - target) ** 2, (clipped - target) ** 2))
@@ -374,7 +374,7 @@ class RunningStats(NamedTuple):
 
 
 def init_stats(shape: tuple[int, ...]) -> RunningStats:
-    """Mean 0 and variance 1 with next to no weight, so that the first data replace them."""
+    """Mean 0 and variance 1 to begin with, of so little weight that the first data replace them."""
     return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.asarray(1e-4))
 
 
@@ -405,8 +405,8 @@ def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
     """Rewards divided by the discounted return's deviation, clipped to ±10 (Engstrom et al. 2020).
 
     So the critic's targets vary on a similar scale in most environments. The mean stays: a constant
-    taken from every reward would favour short or long episodes, and change the task. The clip does
-    change it where it cuts some rewards only, such as one for a goal after hundreds of steps.
+    taken from every reward would favour short or long episodes, and change the task. The clip
+    changes it where it cuts some rewards only, such as one for a goal after hundreds of steps.
     """
     if stats is None:
         return reward
@@ -758,8 +758,8 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             partial(minibatch_step, make_take(batch)), (state.params, state.opt_state), indices
         )
 
-        # Losses are means over all gradient steps, returns over the episodes that ended in this
-        # rollout: NaN where none did.
+        # Losses and the like are means over all gradient steps, returns over the episodes that
+        # ended in this rollout: NaN where none did.
         mean_of_ended = lambda x: jnp.mean(x, where=rollout.done)
         metrics = {
             "episodic_return": mean_of_ended(rollout.episode_return),
@@ -896,7 +896,7 @@ def join_processes() -> None:
 
 
 def make_mesh(num_seeds: int) -> Mesh:
-    """All devices of all processes, in one row along the seed axis."""
+    """All devices of all processes, in one row along the seed axis; ValueError if none fits."""
     devices = jax.device_count()
     if num_seeds % devices:
         fewer = num_seeds // devices * devices
@@ -912,9 +912,9 @@ def make_mesh(num_seeds: int) -> Mesh:
 def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
     """`function` of one seed, compiled for all: vmapped on each device, side by side on several.
 
-    `shard_map` gives each device a program of its own over its share of the seeds, in which nothing
-    is exchanged. Left to the compiler, a loop under vmap would ask all devices in each iteration
-    whether it has ended.
+    Every argument and result has a leading seed axis. `shard_map` lets each device run the program
+    over its share of the seeds without exchanging anything. Left to the compiler, a `while_loop`
+    under vmap (evaluation has one) would ask all devices in each iteration whether it has ended.
     """
     axis = PartitionSpec("seed")
     function = jax.shard_map(

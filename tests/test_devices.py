@@ -37,13 +37,13 @@ assert four.size == 4
 one = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
 keys = jax.vmap(jax.random.key)(jnp.arange(8))
 run = script.over_seeds(partial(script.train, config), four)
-names = re.findall(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv",
-                   run.lower(keys).compile().as_text())
-assert not names, names
+exchanges = re.findall(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv",
+                       run.lower(keys).compile().as_text())
+assert not exchanges, exchanges
 single = script.over_seeds(partial(script.train, config), one)
 raw = lambda state: state._replace(key=jax.random.key_data(state.key))
-one, four = ((raw(state), metrics) for state, metrics in (single(keys), run(keys)))
-jax.tree.map(np.testing.assert_array_equal, *jax.device_get((one, four)))
+results = [(raw(state), metrics) for state, metrics in (single(keys), run(keys))]
+jax.tree.map(np.testing.assert_array_equal, *jax.device_get(results))
 """
 
 
@@ -57,7 +57,8 @@ jax.tree.map(np.testing.assert_array_equal, *jax.device_get((one, four)))
     ],
 )
 def test_four_devices_compute_the_bits_of_one_without_talking(script, env_id, environment):
-    # Left to itself, XLA takes other loops for the sums of two seeds than for those of eight.
+    # Eight seeds on one device, two on each of four. Without the flag XLA takes other loops for the
+    # sums of two seeds than for those of eight. (`normalize_obs` covers the statistics, too.)
     flags = f"{devices(4)['XLA_FLAGS']} --xla_cpu_experimental_ynn_fusion_type=-reduce"
     subprocess.run(
         [sys.executable, "-c", COMPARE, script, env_id],
