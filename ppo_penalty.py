@@ -442,6 +442,7 @@ def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
         return obs
     # Times 1/√, not divided by √: XLA would replace some of the divisions by that and leave others,
     # so that rounding would depend on the number of devices, and differ from rollout to update.
+    # The 1e-8 is for components that never vary.
     return jnp.clip((obs - stats.mean) * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
@@ -464,8 +465,8 @@ def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
     the index sits in the low bits of a random word, and one sort of plain integers carries it
     along: three to seven times faster. Words whose random high bits agree keep the order of their
     indices: of 8192 transitions some 60 of 33 million pairs. A million has runs of about 256 such
-    words; even that matters little where M is far larger, since in each only what goes to either
-    side of a minibatch boundary is not left to chance.
+    words; even that matters little where M is far larger, since of each run only what goes to
+    either side of a minibatch boundary is not left to chance.
     """
     index_bits = (batch_size - 1).bit_length()
     low = jnp.uint32(2**index_bits - 1)
@@ -964,7 +965,10 @@ def join_processes() -> None:
 
 
 def make_mesh(num_seeds: int) -> Mesh:
-    """All devices of all processes, in one row along the seed axis; ValueError if none fits."""
+    """All devices of all processes, in one row along the seed axis.
+
+    Raises ValueError if the seeds do not divide over them.
+    """
     devices = jax.device_count()
     if num_seeds % devices:
         fewer = num_seeds // devices * devices
