@@ -179,7 +179,10 @@ class Config:
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
 # and 95.7 after 1M steps. Rollouts of 64 steps instead of 256 are more updates: 94.4 after 100k
 # instead of 92.6 (30 seeds or more); after 1M it makes no difference.
+# ReLU learns Pendulum faster than tanh: after 100k steps it returns -150 instead of -185. It is no
+# better default: with it no seed of MountainCarContinuous learns anything in 100k steps.
 PRESETS: dict[str, dict[str, Any]] = {
+    "Pendulum-v1": dict(activation="relu"),
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999, num_steps=64),
 }

@@ -192,6 +192,8 @@ class Config:
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). ppo_continuous.py returns
 # 93.9 and 95.7 after 1M steps.
+# ReLU learns Pendulum faster than tanh: after 100k steps it returns -152 instead of -178. It is no
+# better default: with it no seed of MountainCarContinuous learns anything in 100k steps.
 # MinAtar, 10M steps, means of only three seeds: Breakout returns 48 (29 to 85) with the values of
 # its family, 33 with the defaults. A smaller λ takes noise from the advantages: Asterix returns 34
 # with 0.65 and 22 with 0.95, Freeway 60 with 0.8 and 50 with 0.95.
@@ -199,6 +201,7 @@ class Config:
 # first rollout with 128 environments, with probability e^-8, and no seed of twenty failed. With 16
 # environments it is e^-1, and four of ten failed.
 PRESETS: dict[str, dict[str, Any]] = {
+    "Pendulum-v1": dict(activation="relu"),
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
     "DeepSea-bsuite": dict(num_envs=128),

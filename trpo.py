@@ -189,6 +189,8 @@ class Config:
 # On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
 # discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). ppo_continuous.py returns
 # 93.9 and 95.7 after 1M steps.
+# ReLU learns Pendulum a little faster than tanh: after 100k steps it returns -153 instead of -158.
+# It is no better default: with it four of ten seeds of Acrobot learn nothing in 100k.
 # MinAtar: Breakout returned 18 after 2M steps with these values, 14 with the defaults, and 11 with
 # these values but δ = 0.01. That is two seeds each, so little more than a guess. A smaller
 # gae_lambda takes noise from the advantages: after 1.6M of 10M steps three seeds of Asterix return
@@ -198,6 +200,7 @@ class Config:
 # first rollout with 64 environments, with probability e^-8, and no seed of twenty failed. With 16
 # environments it is e^-2, and one of ten failed.
 PRESETS: dict[str, dict[str, Any]] = {
+    "Pendulum-v1": dict(activation="relu"),
     "Swimmer-misc": dict(normalize_obs=False),
     "MountainCarContinuous-v0": dict(gamma=0.999),
     "DeepSea-bsuite": dict(num_envs=64),
