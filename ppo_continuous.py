@@ -1,109 +1,67 @@
+# SPDX-License-Identifier: MIT
 """PPO with the clipped objective, for continuous actions: JAX, one file, one compiled program.
 
-The setting: in step t an agent sees s_t, draws an action a_t from its policy π(· | s_t), receives a
-reward r_t and sees s_{t+1}, until the episode ends. It is to learn a π with a large expected return
-E[Σ γ^t r_t], where γ ≤ 1 discounts what comes later. The environment need not be differentiated for
-that: it does not depend on the parameters of π, and as ∇π = π ∇ log π, the gradient of the expected
-return is E[Σ γ^t ∇ log π(a_t|s_t) G_t], where G_t = Σ_k γ^k r_{t+k} is the return from step t on
-(a_t has no part in what came before). Since E[∇ log π] = Σ_a ∇π = 0 in every state, one may
-subtract from G_t the return to be expected from s_t on, V(s_t), which usually removes noise. What
-is left is the advantage Â_t, an estimate of how much better a_t was than V(s_t) promised. The
-policy gradient E[∇ log π(a_t|s_t) Â_t] pushes each action's probability with its advantage as the
-weight: up, or down where that is negative. (Its factor γ^t is left out, as usual: late steps count
-in full.) π is the "actor"; V, fitted by regression, the "critic".
-
-Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) improves π by gradient
-ascent on data that a slightly older policy π_old collected. The importance ratio
+In state s_t an agent draws an action a_t from its policy π(· | s_t), receives the reward r_t and
+finds itself in s_{t+1}. It is to learn a π with a large expected return E[Σ γ^t r_t]. The policy
+gradient E[∇ log π(a_t|s_t) Â_t] makes an action more probable if it was better than expected: the
+advantage Â_t compares what followed a_t with the value V(s_t), which a second network predicts.
+PPO (Schulman et al. 2017, arXiv:1707.06347) takes many gradient steps on each rollout, in which π
+moves away from the π_old that acted; the ratio ρ_t corrects for the difference. Once ρ_t has left
+[1-ε, 1+ε] in the direction that its advantage favours, the clip takes away that sample's gradient.
+The policy is a Gaussian in each action dimension, with a deviation that no state changes.
 
     ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
-
-corrects for the difference: E[ρ_t Â_t], a mean over those data, has the policy gradient as its
-slope at ρ = 1, since ∇ρ = ∇ log π_θ there. But it cannot be trusted far from there, since the
-states are still those that π_old visited, and large ratios make it noisy. The clipped objective
-takes away the reason to go further: once the ratio has left [1-ε, 1+ε] in the direction that its
-advantage favours, the gradient of that sample is zero; a sample that moved in the wrong direction
-keeps its gradient, which pulls it back.
-
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
-    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}                                  (eq. 11)
+    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1},    V_target = Â_t + V(s_t)      (eq. 11)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)                                                    (eq. 12)
 
-λ weighs noise against bias (see `gae`). V without θ is the critic from before the update, so that
-Â_t and V_target = Â_t + V(s_t) are constants while π and V_θ are fitted. The entropy S favours a
-policy that has not settled yet and goes on exploring; c_1 and c_2 are weights. The sum (11) stops
-where an episode ends, and V(s_{t+1}) counts as zero there unless a time limit cut the episode.
-
-Each iteration rolls out N environments for T steps, estimates Â, and takes K epochs of minibatch
-steps with Adam. The policy is a Gaussian in each action dimension, with a mean that depends on the
-observation and a deviation that does not.
-
-`train(config, key)` runs a whole training, environments included, as one pure function:
-`jit` compiles it, `vmap` trains many seeds at once. The command line runs the same `update` in
-segments, to move a progress bar and write files between them.
+    s_t obs                s_{t+1} next_obs         a_t action       r_t reward
+    ρ_t ratio              Â_t advantage            V value          V_target target
+    S entropy              ε clip_eps               c_1 vf_coef      c_2 ent_coef
+    γ gamma                λ gae_lambda             π_θ policy       log π_old(a_t|s_t) log_prob
+    N num_envs             T num_steps              K update_epochs  B = T·N batch_size
+    M = B/num_minibatches  D length of obs          A dimensions of an action
 
     python ppo_continuous.py                                 # Pendulum-v1, 8 seeds, 500k steps each
     python ppo_continuous.py --env-id Reacher-misc --num-seeds 3
     python ppo_continuous.py --help
 
-Shapes: T = num_steps, N = num_envs, B = T·N transitions of a rollout, M = minibatch_size of them,
-D = length of the observation vector, A = number of action dimensions. Arrays of a rollout are
-[T, N, ...]; under vmap a seed axis stands in front. In the code s_t is `obs`, and `State` the state
-of a training.
-
-Departures from the paper, explained where they occur: a time limit is not the end of an episode for
-the value function; advantages are normalised per minibatch; observations and rewards are scaled by
-running statistics and clipped; the learning rate falls to zero (in the paper on Atari only); the
-gradient norm is clipped; Adam's ε is 1e-5; weights start orthogonal; the value loss has a ½, and a
-clip on request; actions are clipped and stretched to the bounds. Most are among the details of
-Huang et al. 2022 ("The 37 Implementation Details of Proximal Policy Optimization") and were
-measured by Engstrom et al. 2020 or Andrychowicz et al. 2020. The entropy bonus is there but off by
-default (c_2 = 0).
+Departures from the paper, most of them in Huang et al. 2022 ("The 37 Implementation Details of
+Proximal Policy Optimization"):
+- V stands for the rewards that a time limit cut off; a true end has none;
+- advantages are normalised per minibatch;
+- rewards and observations are scaled by running statistics and clipped;
+- actions are clipped, and stretched to the bounds;
+- the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
+- weights start orthogonal; the value loss has a ½ and, on request, a clip.
 """
 
-import argparse
-import contextlib
-import csv
-import dataclasses
-import difflib
-import json
-import logging
 import math
-import os
-import signal
-import sys
-import time
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while the packages are imported ends without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import orbax.checkpoint as ocp
-import scipy.stats
-import tyro
-from jax.experimental import multihost_utils
-from jax.extend.random import threefry2x32_p
-from jax.flatten_util import ravel_pytree
-from jax.interpreters import mlir
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from matplotlib.figure import Figure
-from tqdm import tqdm
 
-# ---- Configuration: every field is a command-line flag, its comment the text of --help -----------
+# ---- Hyperparameters: every field is a command-line flag, its comment the text of --help ---------
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
-    """Train PPO with the clipped objective on an environment with continuous actions."""
+    """Hyperparameters of PPO with the clipped objective, continuous actions."""
 
     env_id: str = "Pendulum-v1"  # a gymnax environment
     seed: int = 0  # the first seed; the others count up from it
-    num_seeds: int = 8  # independent trainings, run side by side
+    num_seeds: int = 8  # independent runs, side by side
     total_timesteps: int = 500_000  # environment steps per seed, never exceeded
     num_envs: int = 16  # environments per seed (N)
     num_steps: int = 256  # steps of each environment per update (T)
@@ -122,80 +80,19 @@ class Config:
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
-    resume: str | None = None  # directory of an earlier run to continue, with its configuration
-    distributed: bool = False  # run as one of several processes, which jax.distributed joins
 
     @property
     def batch_size(self) -> int:
-        """Transitions per update, T·N."""
+        """Transitions per update, B = T·N."""
         return self.num_steps * self.num_envs
-
-    @property
-    def minibatch_size(self) -> int:
-        """Transitions per gradient step, M."""
-        return self.batch_size // self.num_minibatches
 
     @property
     def num_updates(self) -> int:
         """Iterations that fit into the budget."""
         return self.total_timesteps // self.batch_size
 
-    def __post_init__(self):
-        """Raise ValueError on values that cannot work; traced floats (under vmap) pass unseen."""
-        zero_allowed = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
-        for name, value in vars(self).items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, bool) or not isinstance(number, int | float):
-                    continue
-                if not (0 <= number < math.inf) or (number == 0 and name not in zero_allowed):
-                    kind = "not negative" if name in zero_allowed else "positive"
-                    raise ValueError(f"{name} must be finite and {kind}, got {number}")
-                if name in ("gamma", "gae_lambda") and number > 1:
-                    raise ValueError(f"{name} must lie between 0 and 1, got {number}")
-        if self.seed + self.num_seeds > 2**31:
-            total = f"{self.seed} + {self.num_seeds}"
-            raise ValueError(f"seed + num_seeds must not exceed 2^31, got {total}")
-        if self.batch_size % self.num_minibatches:
-            raise ValueError(
-                f"num_steps x num_envs = {self.batch_size} transitions do not divide into "
-                f"num_minibatches = {self.num_minibatches} equal parts"
-            )
-        if self.minibatch_size < 2:
-            raise ValueError(
-                "minibatch_size 1 leaves nothing to normalise; raise num_steps or num_envs, or "
-                "lower num_minibatches"
-            )
-        if self.num_updates < 1:
-            raise ValueError(
-                f"total_timesteps = {self.total_timesteps} is less than one rollout of "
-                f"num_steps x num_envs = {self.batch_size} steps"
-            )
 
-
-# What some environments need instead of the defaults, by family (the end of the name) or by name.
-# A swimmer may drift hundreds of units away from where it should be: after one such episode the
-# statistics of the observations leave no resolution there.
-# On MountainCarContinuous haste costs energy: the best policy for γ = 0.99 has a mean return (not
-# discounted) of 94.3, that for 0.999 of 95.8 (benchmarks/optimum.py). PPO with the clip has 93.9
-# and 95.7 after 1M steps. Rollouts of 64 steps instead of 256 are more updates: 94.4 after 100k
-# instead of 92.6 (30 seeds or more); after 1M it makes no difference.
-# ReLU learns Pendulum faster than tanh: after 100k steps it returns -150 instead of -185. It is no
-# better default: with it no seed of MountainCarContinuous learns anything in 100k steps.
-PRESETS: dict[str, dict[str, Any]] = {
-    "Pendulum-v1": dict(activation="relu"),
-    "Swimmer-misc": dict(normalize_obs=False),
-    "MountainCarContinuous-v0": dict(gamma=0.999, num_steps=64),
-}
-
-
-def default_config(env_id: str | None = None) -> Config:
-    """The defaults and the preset, as the command line has them; Config(...) ignores the preset."""
-    env_id = env_id or Config.env_id
-    family = env_id.rpartition("-")[2]
-    return Config(env_id=env_id, **PRESETS.get(family, {}) | PRESETS.get(env_id, {}))
-
-
-# ---- Policy distribution -------------------------------------------------------------------------
+# ---- Policy distribution, and networks: separate actor and critic --------------------------------
 
 
 class DiagGaussian(NamedTuple):
@@ -207,60 +104,62 @@ class DiagGaussian(NamedTuple):
     mean: jax.Array  # [..., A]
     log_std: jax.Array  # [..., A]
 
-    def sample(self, key: jax.Array) -> jax.Array:
+    def sample(self, key):
         """A random action, [..., A]."""
         return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape)
 
-    def log_prob(self, action: jax.Array) -> jax.Array:
+    def log_prob(self, action):
         """log π(action), summed over the dimensions, [...]."""
         z = (action - self.mean) * jnp.exp(-self.log_std)
         return -jnp.sum(0.5 * z**2 + self.log_std + 0.5 * math.log(2 * math.pi), axis=-1)
 
-    def entropy(self) -> jax.Array:
+    def entropy(self):
         """S[π] = Σ (log σ + ½ log 2πe) in nats, [...]."""
         return jnp.sum(self.log_std + 0.5 * math.log(2 * math.pi * math.e), axis=-1)
 
-    def kl(self, other: "DiagGaussian") -> jax.Array:
-        """KL(self ‖ other) = Σ ½ (σ²/σ'² + (μ - μ')²/σ'² - 1) + log σ'/σ in nats, [...]."""
-        variance_ratio = jnp.exp(2 * (self.log_std - other.log_std))
-        z = (self.mean - other.mean) * jnp.exp(-other.log_std)
-        return jnp.sum(0.5 * (variance_ratio + z**2 - 1.0) + other.log_std - self.log_std, axis=-1)
-
-    def mode(self) -> jax.Array:
+    def mode(self):
         """The action of highest density, [..., A]."""
         return self.mean
 
 
-# ---- Networks: separate actor and critic, two multilayer perceptrons -----------------------------
+def bound_action(action, space):
+    """What the environment gets for the policy's action [N, A]: [N, ...], within its bounds.
+
+    For the policy ±1 are the bounds, so that a deviation of 1 explores the whole range: the action
+    is clipped to ±1 and stretched to [low, high]. Where a bound is missing nothing is clipped on
+    that side, and the units are the environment's. The loss never sees this: the density is that of
+    the raw action, and clipping it first would give a wrong ratio at the bounds.
+    """
+    low, high = jnp.broadcast_to(space.low, space.shape), jnp.broadcast_to(space.high, space.shape)
+    has_low, has_high = low > -1e30, high < 1e30  # some spaces write the largest float for no bound
+    start = jnp.where(has_low, low, jnp.where(has_high, high - 2.0, -1.0))
+    end = jnp.where(has_high, high, start + 2.0)
+    action = action.reshape(-1, *space.shape)
+    action = jnp.clip(action, jnp.where(has_low, -1.0, -jnp.inf), jnp.where(has_high, 1.0, jnp.inf))
+    return start + (end - start) * (action + 1.0) / 2
 
 
-def orthogonal(scale: float) -> Callable:
-    """Initialiser: `scale` times a uniformly distributed matrix with orthonormal rows or columns.
+def orthogonal(scale):
+    """Initialiser: `scale` times a random matrix with orthonormal rows or columns.
 
-    A square one keeps the length of what passes through it, forwards and backwards; √2 makes up
-    for the half that ReLU takes away, and is customary with tanh, too (detail 2 of Huang et al.).
-
-    The usual QR decomposition is a batched LAPACK call under vmap, and several of those in one
-    program can deadlock on a machine with few cores (jax 0.10). The polar factor of a Gaussian
-    matrix has the same distribution, and the Newton-Schulz iteration x ← 3/2 x - 1/2 x xᵀx, which
-    drives every singular value in (0, √3) to 1, finds it with matrix products alone. Dividing by
-    the Frobenius norm brings the singular values into range; the small ones grow by 3/2 per step.
+    Batched QR decompositions, as `nn.initializers.orthogonal` needs for many seeds, can wait for
+    each other for ever on few cores. x ← 3/2 x - 1/2 x xᵀx drives all singular values to 1 instead.
     """
 
     def init(key, shape, dtype=jnp.float32):
         x = jax.random.normal(key, shape, dtype)  # [fan_in, fan_out]
+        step = lambda _, y: 1.5 * y - 0.5 * y @ (y.T @ y)
         with jax.default_matmul_precision("highest"):
-            step = lambda _, y: 1.5 * y - 0.5 * y @ (y.T @ y)
             return scale * jax.lax.fori_loop(0, 40, step, x / jnp.linalg.norm(x))
 
     return init
 
 
-def mlp(x: jax.Array, hidden_sizes: tuple[int, ...], activation: str) -> jax.Array:
-    """Hidden layers, [..., D] -> [..., hidden_sizes[-1]]; to be called inside a Linen module."""
-    for size in hidden_sizes:
-        x = getattr(nn, activation)(nn.Dense(size, kernel_init=orthogonal(math.sqrt(2)))(x))
-    return x
+def mlp(x, hidden_sizes, activation, size, scale):
+    """[..., D] -> [..., size], in a Linen module; `scale` is that of the last layer's weights."""
+    for width in hidden_sizes:  # √2 makes up for what ReLU takes away (Huang et al., detail 2)
+        x = getattr(nn, activation)(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
+    return nn.Dense(size, kernel_init=orthogonal(scale))(x)
 
 
 class Actor(nn.Module):
@@ -272,11 +171,9 @@ class Actor(nn.Module):
 
     @nn.compact
     def __call__(self, obs):
-        x = mlp(obs, self.hidden_sizes, self.activation)
-        # Tiny weights: the first means are near 0, the middle of the action range, for every
-        # observation (Andrychowicz et al. 2020, 3.2). The deviation is one parameter per dimension
-        # and starts at 1, to explore all of the range: a third of the first samples hits a bound.
-        mean = nn.Dense(self.action_size, kernel_init=orthogonal(0.01))(x)
+        # Tiny weights: the first means are near 0, the middle of the range (Andrychowicz et al.
+        # 2020, 3.2). The deviation starts at 1: a third of the first samples hits a bound.
+        mean = mlp(obs, self.hidden_sizes, self.activation, self.action_size, 0.01)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
         return DiagGaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
@@ -289,30 +186,23 @@ class Critic(nn.Module):
 
     @nn.compact
     def __call__(self, obs):
-        x = mlp(obs, self.hidden_sizes, self.activation)
-        return nn.Dense(1, kernel_init=orthogonal(1.0))(x).squeeze(-1)
+        return mlp(obs, self.hidden_sizes, self.activation, 1, 1.0).squeeze(-1)
 
 
 # ---- The mathematics: pure functions of arrays ---------------------------------------------------
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+    """Generalised advantage estimation (eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    δ_t estimates the advantage from one reward. To "bootstrap" is to put V in the place of rewards
-    that were not seen or are not used, here of all later ones. With λ = 1 the V's between cancel in
-    the sum: the rewards seen remain, V where they stop, and -V(s_t) (little bias, much noise). With
-    λ = 0 it is δ_t alone (the reverse). (The PPO paper has T-t+1 as the last exponent of eq. 11, a
-    misprint.)
-
-    `next_value` is V of the observation that the step led to, even where the episode ended there.
-    `terminated` stops the bootstrap: after a true end nothing follows, so its value is zero. `done`
-    (terminated, or cut by a time limit) stops the recursion: the next row is another episode. The
-    last step of an episode that was only cut still bootstraps: the limit is no part of the task,
-    and V stands for the rewards that would have followed (Pardo et al. 2018, arXiv:1712.00378).
-
-    All arrays [T, N]; returns the advantage Â and the critic's target Â + V, both [T, N].
+    λ = 1 sums all rewards that followed (little bias, much noise), λ = 0 is δ_t alone (the
+    reverse). `terminated` stops the bootstrap: after a true end nothing follows. `done` (that, or
+    cut by a time limit) stops the sum: the next row is another episode. A step that was only cut
+    bootstraps from what it led to, since the limit is no part of the task (Pardo et al. 2018,
+    arXiv:1712.00378). All arrays [T, N]; returns Â and the critic's target Â + V, both [T, N].
     """
+    chex.assert_rank(reward, 2)
+    chex.assert_equal_shape([reward, value, next_value, terminated, done])
     delta = reward + gamma * next_value * (1.0 - terminated) - value
 
     def step(advantage, row):
@@ -321,42 +211,46 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         return advantage, advantage
 
     # The body is a handful of operations on N numbers: unrolling saves most of the loop's overhead.
-    zero = jnp.zeros_like(delta[0])
-    _, advantage = jax.lax.scan(step, zero, (delta, done), reverse=True, unroll=16)
+    start = jnp.zeros_like(delta[0])
+    _, advantage = jax.lax.scan(step, start, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the data of one gradient step, so that the policy's part in it
-    does not depend on the scale of the rewards (OpenAI baselines; detail 7 of Huang et al.). The
-    mean may be subtracted for the reason that V may: E[∇ log π] = 0. Any shape; in PPO [M]."""
+    """Mean 0 and deviation 1 over the data of one gradient step (Huang et al., detail 7).
+
+    So the step does not depend on the scale of the rewards. The mean may go, since E[∇ log π] = 0.
+    """
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def clipped_surrogate(ratio, advantage, clip_eps):
     """L_CLIP (eq. 7), to be maximised: ratio and advantage [M] -> scalar.
 
-    The minimum makes it a lower bound of E[ρ Â]: clipping can lower what a sample contributes, but
-    not raise it. The clipped term is the smaller one, and constant, where Â > 0 and ρ > 1+ε, or
-    Â < 0 and ρ < 1-ε: there the gradient is zero. A ratio that went the wrong way keeps its own.
+    The minimum makes it a lower bound of E[ρ Â]. The clipped term is the smaller one, and constant,
+    where Â > 0 and ρ > 1+ε, or Â < 0 and ρ < 1-ε: there the gradient is zero. A ratio that went the
+    wrong way keeps its gradient, which pulls it back.
     """
+    chex.assert_equal_shape([ratio, advantage])
     clipped_ratio = jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
     return jnp.mean(jnp.minimum(ratio * advantage, clipped_ratio * advantage))
 
 
-def value_loss(value, target):
-    """½ E[(V - V_target)²]; the ½ cancels the 2 of its gradient. value, target [M] -> scalar."""
-    return 0.5 * jnp.mean((value - target) ** 2)
+def critic_loss(value, target, old_value, clip_eps=None):
+    """½ E[(V - V_target)²] of eq. 9: three arrays [M] -> scalar.
 
-
-def clipped_value_loss(value, old_value, target, clip_eps):
-    """Value loss that gains nothing from moving V by more than ε (OpenAI baselines, not the paper).
-
-    The larger of both squared errors counts, like the smaller objective above. By custom ε is that
-    of the ratio, although V is in units of the (scaled) reward. All [M] -> scalar.
+    With `clip_eps` nothing is gained by moving V by more than ε: the larger squared error counts,
+    like the smaller objective above (OpenAI baselines, not in the paper).
     """
-    clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
-    return 0.5 * jnp.mean(jnp.maximum((value - target) ** 2, (clipped - target) ** 2))
+    chex.assert_equal_shape([value, target, old_value])  # [M] minus [M, 1] would be [M, M]
+    error = (value - target) ** 2
+    if clip_eps is not None:
+        clipped = old_value + jnp.clip(value - old_value, -clip_eps, clip_eps)
+        error = jnp.maximum(error, (clipped - target) ** 2)
+    return 0.5 * jnp.mean(error)
+
+
+# ---- Running statistics, which scale observations and rewards ------------------------------------
 
 
 class RunningStats(NamedTuple):
@@ -367,238 +261,57 @@ class RunningStats(NamedTuple):
     count: jax.Array  # []
 
 
-def init_stats(shape: tuple[int, ...]) -> RunningStats:
+def init_stats(shape):
     """Mean 0 and variance 1 to begin with, of so little weight that the first data replace them."""
-    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.asarray(1e-4))
+    return RunningStats(jnp.zeros(shape), jnp.ones(shape), jnp.float32(1e-4))
 
 
-def update_stats(stats: RunningStats, x: jax.Array) -> RunningStats:
-    """Merge a rollout x, [T, N, ...], into the statistics (Chan, Golub & LeVeque 1979)."""
+def update_stats(stats, x):
+    """Merge a rollout x [T, N, ...] into the statistics (Chan, Golub & LeVeque 1979)."""
+    if stats is None:
+        return None
     n, mean, var = x.shape[0] * x.shape[1], x.mean((0, 1)), x.var((0, 1))
-    count = stats.count + n
-    weight = n / count  # of the rollout in the new statistics
+    weight = n / (stats.count + n)  # of the rollout in the new statistics
     delta = mean - stats.mean
     spread = weight * (1.0 - weight) * delta**2  # what the distance of the two means adds
-    return RunningStats(
-        mean=stats.mean + weight * delta,
-        var=(1.0 - weight) * stats.var + weight * var + spread,
-        count=count,
-    )
+    var = (1.0 - weight) * stats.var + weight * var + spread
+    return RunningStats(stats.mean + weight * delta, var, stats.count + n)
 
 
-def normalize(obs: jax.Array, stats: RunningStats | None) -> jax.Array:
-    """Observations [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged without stats."""
-    if stats is None:
-        return obs
-    # Times 1/√, not divided by √: XLA would replace some of the divisions by that and leave others,
-    # so that rounding would depend on the number of devices, and differ from rollout to update.
-    # The 1e-8 is for components that never vary.
-    return jnp.clip((obs - stats.mean) * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
+def normalize(x, stats, center=True):
+    """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
 
-
-def scale_reward(reward: jax.Array, stats: RunningStats | None) -> jax.Array:
-    """Rewards divided by the discounted return's deviation, clipped to ±10 (Engstrom et al. 2020).
-
-    So the critic's targets vary on a similar scale in most environments. The mean stays: a constant
-    taken from every reward would favour short or long episodes, and change the task. The clip
-    changes it where it cuts some rewards only, such as one for a goal after hundreds of steps.
+    Rewards are only scaled (`center=False`): a constant taken from each would change the task.
     """
     if stats is None:
-        return reward
-    return jnp.clip(reward * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
-
-
-def shuffled_indices(key, num_epochs, batch_size, num_minibatches):
-    """A new random order for each epoch, cut into minibatches: [num_epochs · num_minibatches, M].
-
-    `jax.random.permutation` sorts pairs, mostly twice, in up to a third of all training time. Here
-    the index sits in the low bits of a random word, and one sort of plain integers carries it
-    along: three to seven times faster. Words whose random high bits agree keep the order of their
-    indices: of 8192 transitions some 60 of 33 million pairs. A million has runs of about 256 such
-    words; even that matters little where M is far larger, since of each run only what goes to
-    either side of a minibatch boundary is not left to chance.
-    """
-    index_bits = (batch_size - 1).bit_length()
-    low = jnp.uint32(2**index_bits - 1)
-    words = jax.random.bits(key, (num_epochs, batch_size), jnp.uint32)
-    words = (words & ~low) | jnp.arange(batch_size, dtype=jnp.uint32)
-    order = (jnp.sort(words, axis=-1) & low).astype(jnp.int32)
-    return order.reshape(num_epochs * num_minibatches, batch_size // num_minibatches)
-
-
-def make_take(batch):
-    """The function that takes the transitions `indices` [M] of a batch of [B, ...] arrays.
-
-    The batch is copied into one matrix, a transition per row, so that a minibatch costs one gather
-    instead of one per array: up to 9 % of all training time on the CPU. A gather per minibatch is
-    in turn cheaper than a shuffled copy of the rollout per epoch. Whole numbers, such as discrete
-    actions, lie in the matrix as floats, exact up to 2^24; `unravel` gives each its type back.
-    """
-    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, columns]
-    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
-    return lambda indices: jax.vmap(unravel)(rows[indices])
-
-
-def threefry2x32(key0, key1, count0, count1):
-    """The hash behind `jax.random`: a key and a count, two uint32 each -> two random uint32.
-
-    Arrays broadcast: usually one key meets many counts. It is Threefry-2x32 with 20 rounds (Salmon
-    et al. 2011), bit for bit what JAX has. But on the CPU JAX runs the rounds in a loop, and in
-    every step of a cheap environment such loops cost more than the environment. Written out they
-    are plain arithmetic, which XLA fuses into one operation: small trainings run a tenth faster,
-    and all compile in little more than half the time. The barrier changes no value. It stops XLA
-    from merging a split of keys with the split that they came from: as each word of a hash needs
-    both words of its key, the merged expression would double with each split, until compiling never
-    ends.
-    """
-    key0, key1 = jax.lax.optimization_barrier((key0, key1))
-    keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))  # a constant of Threefry's
-    x, y = count0 + key0, count1 + key1
-    for i in range(5):
-        for shift in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
-            x = x + y
-            y = x ^ ((y << shift) | (y >> (32 - shift)))  # y is rotated to the left
-        x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
-    return x, y
-
-
-# Replace JAX's own rule, for the CPU only, in whatever the process compiles from now on, other code
-# included: hence at import. The random numbers stay the same. Neither import is stable API: if a
-# new JAX breaks this, delete it with its imports; training only gets slower.
-mlir.register_lowering(
-    threefry2x32_p, mlir.lower_fun(threefry2x32, multiple_results=True), platform="cpu"
-)
-
-
-# ---- The environment: gymnax, as N environments with flat float32 observations -------------------
-
-
-class Environment(NamedTuple):
-    """What the algorithm needs of an environment; both functions act on N copies at once."""
-
-    reset: Callable  # keys [N] -> obs [N, D], env_state
-    step: Callable  # keys [N], env_state, action [N, ...] -> six results, see `step` in make_env
-    make_actor: Callable  # hidden_sizes, activation -> the Actor for its actions
-
-
-def bound_action(action: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """What the environment gets for the policy's action; elementwise, the bounds broadcast.
-
-    The policy thinks in units in which ±1 are the bounds, so that a deviation of 1 explores the
-    whole range, whatever its size: the action is clipped to ±1 and stretched to [low, high]. Where
-    a bound is missing nothing is clipped on that side and the units are the environment's. The loss
-    never sees this: the density is that of the raw action, and clipping it first would give a wrong
-    ratio at the bounds.
-    """
-    has_low, has_high = low > -1e30, high < 1e30  # some spaces write the largest float for no bound
-    start = jnp.where(has_low, low, jnp.where(has_high, high - 2.0, -1.0))
-    end = jnp.where(has_high, high, start + 2.0)
-    action = jnp.clip(action, jnp.where(has_low, -1.0, -jnp.inf), jnp.where(has_high, 1.0, jnp.inf))
-    return start + (end - start) * (action + 1.0) / 2
-
-
-def action_interface(env_id: str, space: Any) -> tuple[Callable, Callable]:
-    """What makes the Actor, and the policy's action [A] -> the environment's, in its own shape."""
-    from gymnax.environments import spaces  # here, for the reason given in make_env
-
-    if isinstance(space, spaces.Discrete):
-        raise ValueError(f"{env_id} has discrete actions: use ppo_discrete.py")
-    if not isinstance(space, spaces.Box):
-        raise ValueError(f"{env_id} has an action space that is not supported: {space}")
-    low, high = (jnp.broadcast_to(bound, space.shape) for bound in (space.low, space.high))
-
-    def to_env_action(action):
-        return bound_action(action.reshape(space.shape), low, high)
-
-    return partial(Actor, math.prod(space.shape)), to_env_action
-
-
-def make_env(env_id: str) -> Environment:
-    """The gymnax environment of that name, vectorised. ValueError says why one cannot be used.
-
-    It is used only through `reset`, `step` with its info["final_observation"], and the two spaces,
-    so environments added by `gymnax.register`, wrapped ones too, work like the built-in ones.
-    """
-    # Imported here, because gymnax computes on import, and --distributed has to come before that.
-    import gymnax
-    from gymnax.environments import spaces
-
-    if env_id not in gymnax.registered_envs:
-        near = difflib.get_close_matches(env_id, gymnax.registered_envs, cutoff=0.4)
-        raise ValueError(
-            f"there is no environment {env_id!r}; "
-            + (f"did you mean {' or '.join(near)}? " if near else "")
-            + f"gymnax has: {', '.join(sorted(gymnax.registered_envs))}"
-        )
-    try:
-        with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
-            env, env_params = gymnax.make(env_id)
-    except OSError as error:
-        raise ValueError(f"{env_id} needs data that could not be downloaded: {error}") from error
-    action_space = env.action_space(env_params)
-    obs_space = env.observation_space(env_params)
-    if isinstance(obs_space, spaces.Dict | spaces.Tuple):
-        raise ValueError(f"{env_id} has observations of several parts: not supported")
-    make_actor, to_env_action = action_interface(env_id, action_space)
-
-    def observe(obs):
-        """One observation as a flat float vector [D]; a category becomes a one-hot vector."""
-        if isinstance(obs_space, spaces.Discrete):
-            return jax.nn.one_hot(obs, obs_space.n)
-        return jnp.ravel(obs).astype(jnp.float32)
-
-    def strong(env_state):
-        """The same without weak types (those of Python's numbers), which some environments return
-        in one of `reset` and `step` only: a loop over `jit(update)` would compile it twice."""
-        return jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), env_state)
-
-    @jax.vmap
-    def reset(key):
-        obs, env_state = env.reset(key, env_params)
-        return observe(obs), strong(env_state)
-
-    @jax.vmap
-    def step(key, env_state, action):
-        """One step and, where an episode ends, a reset: `obs` opens the new episode, `next_obs` is
-        the last observation of the old one (elsewhere they are equal)."""
-        obs, env_state, reward, terminated, truncated, info = env.step(
-            key, env_state, to_env_action(action), env_params
-        )
-        next_obs = observe(info["final_observation"])
-        reward = jnp.asarray(reward, jnp.float32)
-        return observe(obs), strong(env_state), next_obs, reward, terminated, truncated
-
-    return Environment(reset, step, make_actor)
+        return x
+    shifted = x - stats.mean if center else x
+    # Times 1/√, not divided by √, which XLA would round in one way here and in another there.
+    return jnp.clip(shifted * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 
 
+class Episode(NamedTuple):
+    """The current episode of each environment, up to now."""
+
+    total: jax.Array  # [N] sum of its rewards, for the reports
+    length: jax.Array  # [N] its number of steps
+    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its deviation over all steps scales the rewards
+
+
 class Transition(NamedTuple):
     """One step of N environments; a rollout stacks T of them in front."""
 
-    obs: jax.Array  # [N, D]
-    next_obs: jax.Array  # [N, D] what the step led to, before any reset
+    obs: jax.Array  # [N, D] s_t, not normalised
+    next_obs: jax.Array  # [N, D] s_{t+1}, also where the episode ended there
     action: jax.Array  # [N, A] as sampled, not bounded
-    log_prob: jax.Array  # [N] log π_old(action | obs), frozen for all epochs
-    reward: jax.Array  # [N] unscaled
+    log_prob: jax.Array  # [N] log π_old(a_t | s_t), frozen for all epochs
+    reward: jax.Array  # [N] not scaled
     terminated: jax.Array  # [N] bool, the episode truly ended
     done: jax.Array  # [N] bool, terminated or cut by a time limit
-    discounted_return: jax.Array  # [N] Σ γ^k r_{t-k} of the episode so far: like the return, but
-    # backwards, so known at once. Its deviation over all steps is the scale of the rewards.
-    episode_return: jax.Array  # [N] sum of the rewards of the episode so far, for the reports
-    episode_length: jax.Array  # [N] its number of steps
-
-
-class Batch(NamedTuple):
-    """What the loss needs of B transitions, with time and environments flattened into one axis."""
-
-    obs: jax.Array  # [B, D] normalised
-    action: jax.Array  # [B, A]
-    log_prob: jax.Array  # [B]
-    value: jax.Array  # [B] V(obs) before the update, in units of the scaled reward
-    advantage: jax.Array  # [B]
-    target: jax.Array  # [B] Â + V, in the same units
+    episode: Episode  # including this step
 
 
 class State(NamedTuple):
@@ -609,10 +322,8 @@ class State(NamedTuple):
     obs_stats: RunningStats | None  # of the observations, shared by the N environments
     return_stats: RunningStats | None  # of the discounted return
     env_state: Any  # of N environments
-    obs: jax.Array  # [N, D] the policy's next input, not normalised
-    discounted_return: jax.Array  # [N]
-    episode_return: jax.Array  # [N]
-    episode_length: jax.Array  # [N]
+    obs: jax.Array  # [N, D] what the policy sees next, not normalised
+    episode: Episode
     updates_done: jax.Array  # []
     key: jax.Array  # [] PRNG key
 
@@ -620,37 +331,34 @@ class State(NamedTuple):
 # ---- The algorithm -------------------------------------------------------------------------------
 
 
-def make_train(config: Config) -> tuple[Callable, Callable]:
-    """The two pure functions that training consists of.
+def make_train(config, env=None):
+    """The two pure functions of training: init(key) -> State; update(state, _) -> State, metrics.
 
-    Returns:
-        init(key) -> State
-        update(state, _) -> State, metrics: one iteration, in the form that `lax.scan` wants.
+    `env` may be an `Environment` of your own, in the place of the one called `config.env_id`.
     """
-    env = make_env(config.env_id)
-    actor = env.make_actor(config.hidden_sizes, config.activation)
+    validate(config)
+    env = env or make_env(config.env_id)
+    actor = Actor(math.prod(env.action_space.shape), config.hidden_sizes, config.activation)
     critic = Critic(config.hidden_sizes, config.activation)
-    num_gradient_steps = config.update_epochs * config.num_minibatches  # per update
+    minibatch_size = config.batch_size // config.num_minibatches
+    dims = chex.Dimensions(T=config.num_steps, N=config.num_envs, M=minibatch_size)
+    gradient_steps = config.update_epochs * config.num_minibatches  # per update
 
     def learning_rate(gradient_step):
-        """Adam's step size; it stays the same within an update (detail 4 of Huang et al.)."""
-        if not config.anneal_lr:
-            return config.learning_rate
-        progress = gradient_step // num_gradient_steps / config.num_updates
+        """Adam's step size; it stays the same within an update (Huang et al., detail 4)."""
+        progress = gradient_step // gradient_steps / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # Adam's ε and the clipping of the norm are OpenAI's (details 3 and 11). `flatten` turns a dozen
-    # small arrays into one vector, on which both cost a few operations instead of a few dozen.
-    optimizer = optax.flatten(
-        optax.chain(
-            optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5)
-        )
-    )
+    # `flatten` turns a dozen small arrays into one vector, on which the norm and Adam cost a few
+    # operations instead of a few dozen. Both have OpenAI's settings (details 3 and 11).
+    clip_norm = optax.clip_by_global_norm(config.max_grad_norm)
+    optimizer = optax.flatten(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)))
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
+        zeros = jnp.zeros(config.num_envs)
         return State(
             params=params,
             opt_state=optimizer.init(params),
@@ -658,77 +366,52 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
             return_stats=init_stats(()) if config.normalize_reward else None,
             env_state=env_state,
             obs=obs,
-            discounted_return=jnp.zeros(config.num_envs),
-            episode_return=jnp.zeros(config.num_envs),
-            episode_length=jnp.zeros(config.num_envs, jnp.int32),
-            updates_done=jnp.asarray(0),
+            episode=Episode(total=zeros, length=zeros.astype(jnp.int32), discounted=zeros),
+            updates_done=jnp.int32(0),
             key=key,
         )
 
-    def env_step(state, keys):
+    def act(state, keys):
         """One step of the N environments with the current policy."""
         action_key, env_keys = keys
         policy = actor.apply(state.params["actor"], normalize(state.obs, state.obs_stats))
         action = policy.sample(action_key)
-        obs, env_state, next_obs, reward, terminated, truncated = env.step(
-            env_keys, state.env_state, action
-        )  # `obs` is what the policy sees next, `next_obs` the s_{t+1} of PPO's eq. 12
+        env_state, next_obs, reset_obs, reward, terminated, truncated = env.step(
+            env_keys, state.env_state, bound_action(action, env.action_space)
+        )
+        chex.assert_equal_shape([state.obs, next_obs, reset_obs])
+        chex.assert_shape([reward, terminated, truncated], dims["N"])
+        total, length, discounted = state.episode
+        episode = Episode(total + reward, length + 1, config.gamma * discounted + reward)
+        log_prob, done = policy.log_prob(action), terminated | truncated
         transition = Transition(
-            obs=state.obs,
-            next_obs=next_obs,
-            action=action,
-            log_prob=policy.log_prob(action),
-            reward=reward,
-            terminated=terminated,
-            done=terminated | truncated,
-            discounted_return=config.gamma * state.discounted_return + reward,
-            episode_return=state.episode_return + reward,
-            episode_length=state.episode_length + 1,
+            state.obs, next_obs, action, log_prob, reward, terminated, done, episode
         )
-        # The running sums are read first and reset after: the last step of an episode counts.
-        restart = lambda x: jnp.where(transition.done, 0, x)
-        state = state._replace(
-            env_state=env_state,
-            obs=obs,
-            discounted_return=restart(transition.discounted_return),
-            episode_return=restart(transition.episode_return),
-            episode_length=restart(transition.episode_length),
-        )
-        return state, transition
+        # The last step of an episode counts; after it the sums start again.
+        episode = jax.tree.map(lambda x: jnp.where(done, 0, x), episode)
+        return state._replace(env_state=env_state, obs=reset_obs, episode=episode), transition
 
-    def loss(params, batch):
-        """The negative of eq. 9 on a minibatch, and what is worth watching."""
-        policy = actor.apply(params["actor"], batch.obs)
-        value = critic.apply(params["critic"], batch.obs)
-        log_ratio = policy.log_prob(batch.action) - batch.log_prob
+    def loss(params, obs, action, old_log_prob, old_value, advantage, target):
+        """The negative of eq. 9 on a minibatch, and the metrics."""
+        chex.assert_shape([old_log_prob, old_value, advantage, target], dims["M"])
+        policy = actor.apply(params["actor"], obs)
+        value = critic.apply(params["critic"], obs)  # [M]
+        log_ratio = policy.log_prob(action) - old_log_prob
         ratio = jnp.exp(log_ratio)
-        advantage = normalize_advantage(batch.advantage)
-        metrics = {
-            "policy_loss": -clipped_surrogate(ratio, advantage, config.clip_eps),
-            "value_loss": clipped_value_loss(value, batch.value, batch.target, config.clip_eps)
-            if config.clip_vloss
-            else value_loss(value, batch.target),
-            "entropy": policy.entropy().mean(),
-            # E[(ρ - 1) - log ρ] estimates KL(π_old ‖ π) like E[-log ρ], but is never negative and,
-            # near π_old, varies less (J. Schulman, "Approximating KL Divergence", 2020).
+        policy_loss = -clipped_surrogate(ratio, normalize_advantage(advantage), config.clip_eps)
+        value_eps = config.clip_eps if config.clip_vloss else None
+        value_loss = critic_loss(value, target, old_value, value_eps)
+        entropy = policy.entropy().mean()
+        total_loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
+        return total_loss, {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            # Estimates KL(π_old ‖ π) like E[-log ρ], but is never negative and, near π_old, varies
+            # less (J. Schulman, "Approximating KL Divergence", 2020).
             "approx_kl": jnp.mean(ratio - 1.0 - log_ratio),
-            # The share of ratios outside [1-ε, 1+ε], even where the gradient is kept.
             "clip_fraction": jnp.mean(jnp.abs(ratio - 1.0) > config.clip_eps),
         }
-        objective = (
-            metrics["policy_loss"]
-            + config.vf_coef * metrics["value_loss"]
-            - config.ent_coef * metrics["entropy"]
-        )
-        return objective, metrics
-
-    def minibatch_step(take, carry, indices):
-        """One gradient step on the transitions `indices` [M], which `take` reads from the batch."""
-        params, opt_state = carry
-        minibatch = take(indices)
-        gradient, metrics = jax.grad(loss, has_aux=True)(params, minibatch)
-        change, opt_state = optimizer.update(gradient, opt_state)
-        return (optax.apply_updates(params, change), opt_state), metrics
 
     def update(state, _):
         """One iteration: roll out, estimate advantages, take the epochs."""
@@ -737,531 +420,742 @@ def make_train(config: Config) -> tuple[Callable, Callable]:
         # Roll out. All keys come from two calls, which costs less than splitting in every step.
         action_keys = jax.random.split(action_key, config.num_steps)  # [T]
         env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))  # [T, N]
-        state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
+        state, rollout = jax.lax.scan(act, state, (action_keys, env_keys))
 
-        # Estimate advantages. Observations are normalised as they were during the rollout, so that
-        # π_old is the policy that acted; their statistics change for the next iteration only.
-        # The reward scale may know the new returns at once: it is one factor for the whole rollout,
-        # and V, which was learned in the old scale, is off by little once the statistics settle.
-        # V(s_{t+1}) is not V(s_t) shifted by a row: where an episode ended, a reset lies between.
-        flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
+        # Estimate advantages. Observations are normalised as they were when the policy acted: their
+        # new statistics are for the next iteration. The scale of the rewards is one factor for all.
+        # V(s_{t+1}) is not V(s_t) moved by a row: where an episode ended, a reset lies between.
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)  # [T, N]
         next_value = critic.apply(state.params["critic"], next_obs)
-        obs_stats, return_stats = state.obs_stats, state.return_stats
-        if config.normalize_obs:
-            obs_stats = update_stats(obs_stats, rollout.obs)
-        if config.normalize_reward:
-            return_stats = update_stats(return_stats, rollout.discounted_return)
+        state = state._replace(
+            obs_stats=update_stats(state.obs_stats, rollout.obs),
+            return_stats=update_stats(state.return_stats, rollout.episode.discounted),
+        )
+        reward = normalize(rollout.reward, state.return_stats, center=False)
+        terminated, done = rollout.terminated, rollout.done
         advantage, target = gae(
-            scale_reward(rollout.reward, return_stats),
-            value,
-            next_value,
-            rollout.terminated,
-            rollout.done,
-            config.gamma,
-            config.gae_lambda,
+            reward, value, next_value, terminated, done, config.gamma, config.gae_lambda
         )
 
         # Take the epochs, as one scan over all their minibatches.
-        batch = Batch(obs, rollout.action, rollout.log_prob, value, advantage, target)
+        flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
+        batch = dict(obs=obs, action=rollout.action, old_log_prob=rollout.log_prob)
+        batch |= dict(old_value=value, advantage=advantage, target=target)
         batch = jax.tree.map(flatten, batch)
-        indices = shuffled_indices(
-            shuffle_key, config.update_epochs, config.batch_size, config.num_minibatches
-        )
-        (params, opt_state), step_metrics = jax.lax.scan(
-            partial(minibatch_step, make_take(batch)), (state.params, state.opt_state), indices
+        indices = shuffled_indices(shuffle_key, config)  # [K · num_minibatches, M]
+
+        def gradient_step(carry, indices):
+            params, opt_state = carry
+            minibatch = jax.tree.map(lambda x: x[indices], batch)  # [M, ...]
+            gradient, metrics = jax.grad(loss, has_aux=True)(params, **minibatch)
+            change, opt_state = optimizer.update(gradient, opt_state)
+            return (optax.apply_updates(params, change), opt_state), metrics
+
+        (params, opt_state), losses = jax.lax.scan(
+            gradient_step, (state.params, state.opt_state), indices
         )
 
-        # Losses and the like are means over all gradient steps, returns over the episodes that
-        # ended in this rollout: NaN where none did.
-        mean_of_ended = lambda x: jnp.mean(x, where=rollout.done)
+        # Losses are means over all gradient steps, returns over the episodes that ended in this
+        # rollout: NaN where none did.
         metrics = {
-            "episodic_return": mean_of_ended(rollout.episode_return),
-            "episodic_length": mean_of_ended(rollout.episode_length),
-            **jax.tree.map(jnp.mean, step_metrics),
+            "episodic_return": jnp.mean(rollout.episode.total, where=done),
+            "episodic_length": jnp.mean(rollout.episode.length, where=done),
+            **jax.tree.map(jnp.mean, losses),
             # 1 if V and its targets differ by a constant, 0 or less if a constant does as well.
-            "explained_variance": 1.0 - jnp.var(batch.target - batch.value) / jnp.var(batch.target),
-            "learning_rate": learning_rate(state.updates_done * num_gradient_steps),
+            "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
+            "learning_rate": learning_rate(state.updates_done * gradient_steps),
         }
-        state = state._replace(
-            params=params,
-            opt_state=opt_state,
-            obs_stats=obs_stats,
-            return_stats=return_stats,
-            updates_done=state.updates_done + 1,
-            key=key,
-        )
+        count = state.updates_done + 1
+        state = state._replace(params=params, opt_state=opt_state, updates_done=count, key=key)
         return state, metrics
 
     return init, update
 
 
-def train(config: Config, key: jax.Array) -> tuple[State, dict[str, jax.Array]]:
-    """A whole training run, as a pure function: the final state, and each metric as [num_updates].
+def train(config, key, env=None):
+    """A whole run, as a pure function: the final state, and each metric as [num_updates].
 
     `jit(vmap(partial(train, config)))(keys)` trains one agent per key; a float of the
     configuration may be vmapped as well: `vmap(lambda x: train(replace(config, gamma=x), key))`.
     """
-    init, update = make_train(config)
+    init, update = make_train(config, env)
     return jax.lax.scan(update, init(key), None, config.num_updates)
 
 
-def evaluate(config: Config, state: State, key: jax.Array, num_episodes: int):
+def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
     """Play greedily (the mode of the policy), with the statistics frozen.
 
-    Each of num_episodes environments plays one episode; what it does afterwards does not count.
-    An environment in which episodes neither end nor are cut would be played for ever.
-    Returns the sum of rewards, unscaled, and the length of each episode, both [num_episodes].
+    Each of num_episodes environments plays one episode, which is cut after `max_steps`, and of
+    which this returns the sum of rewards and the length, both [num_episodes].
     """
-    env = make_env(config.env_id)
-    actor = env.make_actor(config.hidden_sizes, config.activation)
+    env = env or make_env(config.env_id)
+    actor = Actor(math.prod(env.action_space.shape), config.hidden_sizes, config.activation)
     reset_key, step_key = jax.random.split(key)
     obs, env_state = env.reset(jax.random.split(reset_key, num_episodes))
 
     def step(carry):
-        key, obs, env_state, playing, episode_return, episode_length = carry
+        key, obs, env_state, playing, total, length = carry
         key, env_key = jax.random.split(key)
         policy = actor.apply(state.params["actor"], normalize(obs, state.obs_stats))
-        obs, env_state, _, reward, terminated, truncated = env.step(
-            jax.random.split(env_key, num_episodes), env_state, policy.mode()
+        action = bound_action(policy.mode(), env.action_space)
+        env_state, _, obs, reward, terminated, truncated = env.step(
+            jax.random.split(env_key, num_episodes), env_state, action
         )
-        episode_return += jnp.where(playing, reward, 0.0)
-        episode_length += playing
-        playing &= ~(terminated | truncated)
-        return key, obs, env_state, playing, episode_return, episode_length
+        total += jnp.where(playing, reward, 0.0)
+        length += playing
+        return key, obs, env_state, playing & ~(terminated | truncated), total, length
 
-    start = (jnp.ones(num_episodes, bool), jnp.zeros(num_episodes), jnp.zeros(num_episodes, int))
-    start = (step_key, obs, env_state, *start)
-    some_play = lambda carry: carry[3].any()
-    *_, episode_return, episode_length = jax.lax.while_loop(some_play, step, start)
-    return episode_return, episode_length
+    zeros = jnp.zeros(num_episodes, jnp.int32)
+    carry = (step_key, obs, env_state, zeros == 0, zeros.astype(jnp.float32), zeros)
+    go_on = lambda carry: carry[3].any() & (carry[5].max() < max_steps)
+    *_, total, length = jax.lax.while_loop(go_on, step, carry)
+    return total, length
 
 
-# ---- The host side: nothing above prints, writes or reads the clock -----------------------------
+# ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
+# Its imports stand here, so that those above are what the algorithm needs.
 
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tyro
+from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+
+class Failure(ValueError):
+    """Ends a run with one sentence and an exit code. A cause, if it has one, is the user's code."""
+
+    code = 2
+
+
+# What some environments need instead of the defaults, by family (the end of the name) or by name.
+# The measurements are in docs/results.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "Pendulum-v1": dict(activation="relu"),  # after 100k steps -150 instead of -185 with tanh
+    "Swimmer-misc": dict(normalize_obs=False),  # drifting far once would take their resolution
+    "MountainCarContinuous-v0": dict(gamma=0.999, num_steps=64),  # with 0.99 haste costs energy
+}
+
+
+def default_config(env_id: str = Config.env_id) -> Config:
+    """The defaults and the preset, as the command line has them; Config(...) ignores the preset."""
+    family = env_id.rpartition("-")[2]
+    return Config(env_id=env_id, **PRESETS.get(family, {}) | PRESETS.get(env_id, {}))
+
+
+def validate(config: Config) -> None:
+    """Raise Failure on values that cannot work; arrays, which may be traced, pass unseen."""
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
+    for name, value in vars(config).items():
+        kind = int if name == "hidden_sizes" else type(getattr(Config, name))
+        most = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if kind is int else 3e38
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, jax.Array):
+                continue
+            if type(x) is not kind and (type(x), kind) != (int, float):
+                raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
+            if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
+                least = "0" if name in may_be_zero else "more than 0"
+                raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+    size, parts = config.batch_size, config.num_minibatches
+    if size % parts or size < 2 * parts:
+        equal = "do not divide into num_minibatches = {parts} equal parts of 2 or more"
+        raise Failure(f"num_steps x num_envs = {size} transitions {equal}")
+    if config.num_updates < 1:
+        raise Failure(f"total_timesteps must be at least num_steps x num_envs = {size}")
+    steps = config.num_updates * config.update_epochs * parts
+    if max(steps, size, config.seed + config.num_seeds) >= 2**31:
+        raise Failure(f"batch {size}, gradient steps {steps}, seed + num_seeds: 2^31 is too many")
+
+
+def straight_threefry() -> None:
+    """Compile `jax.random` to straight code on the CPU, in the whole process; the same numbers.
+
+    JAX runs Threefry-2x32 (Salmon et al. 2011) in loops, with which XLA fuses nothing: without them
+    small runs train a tenth faster and compile in half the time. The API is not stable: where JAX
+    has changed, nothing happens.
+    """
+
+    def threefry2x32(key0, key1, count0, count1):
+        # The barrier keeps XLA from merging a split of keys with the split that they came from: the
+        # expression would double with each, until compiling never ends.
+        key0, key1 = jax.lax.optimization_barrier((key0, key1))
+        keys = (key0, key1, key0 ^ key1 ^ jnp.uint32(0x1BD11BDA))  # a constant of Threefry's
+        x, y = count0 + key0, count1 + key1
+        for i in range(5):
+            for shift in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+                x = x + y
+                y = x ^ ((y << shift) | (y >> (32 - shift)))  # y is rotated to the left
+            x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+        return x, y
+
+    with contextlib.suppress(ImportError, AttributeError, TypeError):
+        from jax.extend.random import threefry2x32_p
+        from jax.interpreters import mlir
+
+        lowering = mlir.lower_fun(threefry2x32, multiple_results=True)
+        mlir.register_lowering(threefry2x32_p, lowering, platform="cpu")
+
+
+def shuffled_indices(key, config):
+    """A new random order for each epoch, cut into minibatches: [K · num_minibatches, M].
+
+    The index sits in the low bits of a random word, and one sort of plain integers carries it
+    along: ten times faster than `jax.random.permutation`, which sorts pairs.
+    """
+    low = jnp.uint32(2 ** (config.batch_size - 1).bit_length() - 1)
+    words = jax.random.bits(key, (config.update_epochs, config.batch_size), jnp.uint32) & ~low
+    order = jnp.sort(words | jnp.arange(config.batch_size, dtype=jnp.uint32), axis=-1) & low
+    return order.astype(jnp.int32).reshape(config.update_epochs * config.num_minibatches, -1)
+
+
+class Environment(NamedTuple):
+    """What the algorithm needs of N environments side by side."""
+
+    reset: Callable  # keys [N] -> obs [N, D], env_state
+    # keys [N], env_state, action [N] -> env_state, next_obs [N, D], reset_obs [N, D], reward [N],
+    # terminated [N], truncated [N]. Where an episode ended, `next_obs` is its last observation and
+    # `reset_obs` the first one of the next episode; elsewhere both are the same.
+    step: Callable
+    action_space: Any  # of one environment, as gymnax.environments.spaces has them
+
+
+def make_env(env_id: str) -> Environment:
+    """A gymnax environment by its name, or `module:name`: a module, which may lie in the current
+    folder, that defines `make(name) -> Environment` or has registered `name` with gymnax."""
+    module, _, name = env_id.rpartition(":")
+    try:
+        if module:
+            sys.path.insert(0, os.getcwd())
+            module = importlib.import_module(module)
+        env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
+    except Failure:
+        raise
+    except Exception as error:
+        raise Failure(f"the environment {env_id} cannot be made") from error
+    if not hasattr(env.action_space, "low"):
+        raise Failure(f"{env_id} has no continuous actions: use ppo_discrete.py")
+    return env
+
+
+def make_gymnax(name: str) -> Environment:
+    """N copies of a gymnax environment, with observations as flat float vectors."""
+    import gymnax  # here, since it computes on import, and --distributed has to come before that
+    from gymnax.environments import spaces
+
+    if name not in gymnax.registered_envs:
+        near = " or ".join(difflib.get_close_matches(name, gymnax.registered_envs, cutoff=0.4))
+        known = f"did you mean {near}? " * bool(near) + ", ".join(sorted(gymnax.registered_envs))
+        raise Failure(f"there is no environment {name!r}; {known}")
+    try:
+        with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
+            env, params = gymnax.make(name)
+    except OSError as error:
+        raise Failure(f"{name} needs data that could not be downloaded: {error}") from None
+    space = env.observation_space(params)
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        raise Failure(f"{name} has observations of several parts: not supported")
+    is_category = isinstance(space, spaces.Discrete)  # which becomes a one-hot vector
+    observe = lambda x: jax.nn.one_hot(x, space.n) if is_category else jnp.float32(x).ravel()
+
+    @jax.vmap
+    def reset(key):
+        obs, env_state = env.reset(key, params)
+        return observe(obs), env_state
+
+    @jax.vmap
+    def step(key, env_state, action):
+        obs, env_state, reward, terminated, truncated, info = env.step(
+            key, env_state, action, params
+        )
+        next_obs, reset_obs = observe(info["final_observation"]), observe(obs)
+        return env_state, next_obs, reset_obs, jnp.float32(reward), terminated, truncated
+
+    return Environment(reset, step, env.action_space(params))
+
+
+# ---- The command line: nothing above prints, writes or reads the clock ---------------------------
+
+SCRIPT = Path(__file__).stem
+FORMAT = 2  # of a run's directory
 CHECKPOINT_SECONDS = 30  # a kill loses at most this and a segment
 EVALUATION_EPISODES = 100  # per seed
+MAY_BE_NAN = ("episodic_return", "episodic_length", "explained_variance")  # all else is finite
 
 
-def fail(message: object) -> None:
-    """End with a message and exit code 2, as tyro does on wrong flags."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        os._exit(2)  # a normal exit would wait for the other processes, and they for this one
-    sys.exit(2)
+@dataclass(frozen=True)
+class Flags:
+    """Train PPO with the clipped objective on an environment with continuous actions."""
+
+    config: tyro.conf.OmitArgPrefixes[Config]
+    resume: str | None = None  # directory of an earlier run to continue, with its configuration
+    distributed: bool = False  # run as one of several processes, which jax.distributed joins
 
 
 def load_config(run_dir: str | Path) -> Config:
-    """The configuration of an earlier run; ValueError if that is not possible."""
-    path = Path(run_dir) / "config.json"
+    """The configuration of an earlier run of this script; Failure says why there is none."""
     try:
-        stored = json.loads(path.read_text())
-        script = stored.pop("script")
-        if script != Path(__file__).stem:
-            raise ValueError(f"this is a run of {script}.py")
-        return Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
+        stored = json.loads((Path(run_dir) / "config.json").read_text())
+        made_by = stored.pop("script"), stored.pop("format", 1)
+        config = Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"cannot continue from {path}: {error!r}") from error
-
-
-def parse_command_line() -> Config:
-    """The configuration: the environment's default, or the resumed run's, and the flags over it."""
-    # A first pass finds only the two flags on which the defaults of the others depend.
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--env-id", "--env_id", nargs="?")
-    finder.add_argument("--resume", nargs="?")
-    found = finder.parse_known_args()[0]
-    if found.resume == "":
-        fail("--resume needs the directory of a run")
-    try:
-        default = load_config(found.resume) if found.resume else default_config(found.env_id)
-    except ValueError as error:
-        fail(error)
-    default = dataclasses.replace(default, resume=found.resume)
-    config = tyro.cli(Config, default=default)
-    for name, value in vars(config).items():
-        if found.resume and name != "distributed" and value != getattr(default, name):
-            fail(f"{found.resume} was started with {name} = {getattr(default, name)}, not {value}")
+        raise Failure(f"{run_dir} has no configuration of a run: {error!r}") from None
+    if made_by != (SCRIPT, FORMAT) or stored.keys() != vars(config).keys():
+        made_by = f"{made_by[0]}.py in format {made_by[1]}, with {len(stored)} hyperparameters"
+        raise Failure(
+            f"{run_dir} is of {made_by}; needed: {SCRIPT}.py, {FORMAT}, {len(vars(config))}"
+        )
+    validate(config)
     return config
 
 
+def parse_flags() -> Flags:
+    """A first pass finds the environment or the run, which have the defaults of the second."""
+    first, _ = tyro.cli(Flags, default=Flags(Config()), add_help=False, return_unknown_args=True)
+    resumes = first.resume is not None
+    default = load_config(first.resume) if resumes else default_config(first.config.env_id)
+    flags = tyro.cli(Flags, default=Flags(default))
+    for name, value in vars(default).items():
+        if resumes and getattr(flags.config, name) != value:
+            raise Failure(f"{first.resume} was started with {name} = {value}; this cannot change")
+    return flags
+
+
+def use_cores(num_seeds: int) -> None:
+    """One CPU device per core, as far as the seeds divide over them; what the user has set wins."""
+    if "device_count" in os.environ.get("XLA_FLAGS", "") or jax.config.jax_num_cpu_devices > 0:
+        return
+    affinity = getattr(os, "sched_getaffinity", None)  # `taskset` counts
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # the quota of a container, if there is one
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = max(1, min(cores, int(quota) // int(period)))
+    devices = next(n for n in range(cores, 0, -1) if num_seeds % n == 0)
+    with contextlib.suppress(RuntimeError):  # JAX is running already
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def join_processes() -> None:
-    """With --distributed: become one of several processes, on one machine or on many.
-
-    The same command is started once per process. On a cluster that JAX recognises that is all;
-    elsewhere the three environment variables below say where the first process is, and how many
-    there are, and which this one is.
-    """
-    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    """Become one of several processes. On a cluster that JAX knows the same command in each is all;
+    elsewhere three variables say where the first is, how many there are, and which this is."""
+    names = ["JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"]
+    address, *numbers = [os.environ.get(name) for name in names]
+    print(f"joining the other processes{f' at {address}' if address else ''}")
     try:
-        jax.distributed.initialize(
-            num_processes=number("JAX_NUM_PROCESSES"),
-            process_id=number("JAX_PROCESS_ID"),
-            initialization_timeout=60,
-        )
+        if address and not re.fullmatch(r".+:\d{1,5}", address):
+            raise ValueError(f"{address} is not host:port")
+        number, index = (None if x is None else int(x) for x in numbers)
+        jax.distributed.initialize(num_processes=number, process_id=index)
     except (ValueError, TypeError, RuntimeError) as error:
-        fail(
-            f"cannot join the other processes: {error}\n"
-            "Slurm, Open MPI, TPU and (with jax[k8s]) Kubernetes are found; elsewhere set for each "
-            "process JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES, JAX_PROCESS_ID"
-        )
-    # Orbax's threads log the loss of a process with a traceback; `together` says it in two lines.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+        known = "Slurm, Open MPI, TPU and (with jax[k8s]) Kubernetes are found; elsewhere set"
+        raise Failure(f"cannot join the others: {error}\n{known} {', '.join(names)}") from None
 
 
-def make_mesh(num_seeds: int) -> Mesh:
-    """All devices of all processes, in one row along the seed axis.
-
-    Raises ValueError if the seeds do not divide over them.
-    """
-    devices = jax.device_count()
-    if num_seeds % devices:
-        fewer = num_seeds // devices * devices
-        would = f"{fewer} or {fewer + devices}" if fewer else devices
-        fitting = next(n for n in range(devices, 0, -1) if num_seeds % n == 0)
-        raise ValueError(
-            f"num_seeds = {num_seeds} does not divide over {devices} devices; {would} would, or "
-            f"{fitting} device{'s' * (fitting > 1)}"
-        )
-    return jax.make_mesh((devices,), ("seed",), axis_types=(AxisType.Auto,))
+def exchange(value: Any) -> list:
+    """Every process's `value`, of JSON and up to 16 kB, in the order of the processes."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode().ljust(2**14), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(text)]
 
 
-def over_seeds(function: Callable, mesh: Mesh, **options: Any) -> Callable:
+def first_does(function: Callable, *arguments: Any) -> Any:
+    """Call `function` in the first process. All get its result, of JSON, or its failure."""
+    result, failure = None, None
+    try:
+        result = function(*arguments) if jax.process_index() == 0 else None
+    except (OSError, Failure) as error:
+        failure = str(error)
+    result, failure = exchange([result, failure])[0]
+    if failure:
+        raise Failure(failure)
+    return result
+
+
+def seed_axis() -> NamedSharding:
+    """Arrays with a leading seed axis, spread over all devices of all processes."""
+    mesh = jax.make_mesh((jax.device_count(),), ("seed",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec("seed"))
+
+
+def over_seeds(function: Callable, **options: Any) -> Callable:
     """`function` of one seed, compiled for all: vmapped on each device, side by side on several.
 
-    Every argument and result has a leading seed axis. `shard_map` lets each device run the program
-    over its share of the seeds without exchanging anything. Left to the compiler, a `while_loop`
-    under vmap (evaluation has one) would ask all devices in each iteration whether it has ended.
+    Every argument and result has a leading seed axis. The devices exchange nothing. (Left to `jit`,
+    a `while_loop` under vmap would ask all of them in each iteration whether it has ended.)
     """
-    axis = PartitionSpec("seed")
-    function = jax.shard_map(
-        jax.vmap(function), mesh=mesh, in_specs=axis, out_specs=axis, check_vma=False
-    )
-    return jax.jit(function, **options)
+    axis = seed_axis()
+    share = dict(mesh=axis.mesh, in_specs=axis.spec, out_specs=axis.spec, check_vma=False)
+    return jax.jit(jax.shard_map(jax.vmap(function), **share), **options)
 
 
-def together(
-    run_dir: Path | str | None, function: Callable, *arguments: Any, **options: Any
-) -> Any:
-    """Call `function`, in which the processes wait for each other; if one is lost, exit.
+def compile_segment(config: Config, update: Callable, state: State) -> tuple:
+    """Some updates of all seeds as one program, which serves all segments, and their number.
 
-    `run_dir` is what to resume then, None while a new run is being opened.
+    It returns the State, the metrics, and for each update whether observations, rewards, losses
+    and weights were finite: causes before effects. Failure if it takes more memory than there is.
     """
-    try:
-        return function(*arguments, **options)
-    except Exception as error:  # JAX's own, or what Orbax makes of it
-        if jax.process_count() == 1:
-            raise
-        reason = (str(error) or repr(error)).splitlines()[0]
-        resume = f" with --resume {run_dir}" if run_dir else ""
-        print(
-            f"\nerror: the processes cannot go on together, perhaps because one was lost ({reason})"
-            f"\nstart all of them again{resume}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a normal exit would wait for the lost process
+    most = max(1, config.num_updates // 100)
+    length = next(n for n in range(most, 0, -1) if config.num_updates % n == 0)
+
+    def step(state, _):
+        state, metrics = update(state, None)
+        losses = [x for name, x in metrics.items() if name not in MAY_BE_NAN]
+        returns = state.return_stats, state.episode.discounted
+        causes = [(state.obs, state.obs_stats), returns, losses, state.params]
+        finite = jnp.stack([jnp.isfinite(ravel_pytree(x)[0]).all() for x in causes])
+        return state, (metrics, finite)
+
+    segment = lambda state: jax.lax.scan(step, state, None, length)
+    compiled = over_seeds(segment, donate_argnums=0).lower(state).compile()
+    memory, devices = compiled.memory_analysis(), jax.local_devices()
+    needs = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    limit = (devices[0].memory_stats() or {}).get("bytes_limit")  # the CPU's share one memory
+    if limit is None and hasattr(os, "sysconf"):
+        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(devices)
+    if limit and needs > limit:
+        sizes = f"{needs / 2**30:,.1f} GiB per device, which has {limit / 2**30:,.1f}"
+        raise Failure(f"this takes {sizes}: use fewer seeds, environments or steps")
+    return compiled, length
 
 
-def interquartile_mean(x, axis=-1):
-    """The mean of the middle half (Agarwal et al. 2021); of fewer than four, the plain mean."""
-    return scipy.stats.trim_mean(x, 0.25, axis=axis)
-
-
-def append_metrics(path: Path, config: Config, first_update: int, metrics: dict) -> None:
-    """Add one row per seed and update; `metrics` are [num_seeds, updates of this segment]."""
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if first_update == 0:
-            writer.writerow(["seed", "update", "env_step", *metrics])
-        for i in range(next(iter(metrics.values())).shape[1]):
-            update = first_update + i + 1
-            for row in range(config.num_seeds):
-                values = (f"{m[row, i]:.7g}" for m in metrics.values())
-                values = ("" if value == "nan" else value for value in values)
-                writer.writerow([config.seed + row, update, update * config.batch_size, *values])
+def csv_text(columns: dict[str, np.ndarray], header: bool) -> bytes:
+    """Lines of a CSV file, from arrays of one shape; NaN becomes an empty cell."""
+    text = lambda x: str(x) if isinstance(x, int | str) else "" if x != x else f"{x:.7g}"
+    rows = zip(*(column.ravel().tolist() for column in columns.values()), strict=True)
+    return "".join(",".join(map(text, row)) + "\n" for row in [columns] * header + [*rows]).encode()
 
 
 def plot_learning_curve(run_dir: Path, config: Config) -> None:
     """Draw the return of the training episodes over steps from metrics.csv."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        rows = [(int(row["env_step"]), row["episodic_return"]) for row in csv.DictReader(file)]
-    steps = np.array([step for step, _ in rows]).reshape(-1, config.num_seeds)[:, 0]
-    returns = np.array([float(value or "nan") for _, value in rows]).reshape(-1, config.num_seeds)
-    known = np.isfinite(returns).any(axis=1)  # updates in which some episode ended
-    steps, returns = steps[known], returns[known]
+    import scipy.stats  # both late, since they take half a second
+    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    rows = [line.split(",") for line in (run_dir / "metrics.csv").read_text().splitlines()]
+    table = np.array(rows[1:]).reshape(-1, config.num_seeds, len(rows[0]))
+    steps = table[:, 0, rows[0].index("env_step")].astype(int)
+    returns = table[:, :, rows[0].index("episodic_return")]
+    returns = np.ma.masked_invalid(np.where(returns == "", "nan", returns).astype(float))
+    known = returns.count(axis=1) > 0  # updates in which some episode ended
+    steps, returns = steps[known], returns[known]
+    mean, count = returns.mean(axis=1), returns.count(axis=1)
+    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
     axes.plot(steps, returns, color="tab:blue", alpha=0.2, linewidth=0.8)
-    mean = np.nanmean(returns, axis=1)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
-    if config.num_seeds > 1:
-        # Student's interval; none (nan, not drawn) where in one seed alone an episode ended.
-        others = np.isfinite(returns).sum(axis=1) - 1
-        error = np.nanstd(returns, axis=1) / np.sqrt(np.maximum(others, 1))
-        error *= scipy.stats.t.ppf(0.975, others)
-        axes.fill_between(
-            steps, mean - error, mean + error, alpha=0.3, linewidth=0, label="95 % interval"
-        )
-    axes.set(
-        title=f"{Path(__file__).stem} on {config.env_id}",
-        xlabel="environment steps per seed",
-        ylabel="return of training episodes",
-    )
+    if config.num_seeds > 1:  # Student's; none (nan, not drawn) where one seed alone had an end
+        error = returns.std(axis=1) / np.sqrt(np.maximum(count - 1, 1))
+        error = error * scipy.stats.t.ppf(0.975, count - 1)
+        axes.fill_between(steps, mean - error, mean + error, alpha=0.3, label="95 % interval")
+    axes.set(xlabel="environment steps per seed", ylabel="return of training episodes")
+    axes.set_title(f"{SCRIPT} on {config.env_id}")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(run_dir / "learning_curve.png", dpi=150)
 
 
-def report_evaluation(run_dir: Path, config: Config, returns, lengths) -> None:
+def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps: int) -> None:
     """Write evaluation.csv and print a table; both arrays [num_seeds, episodes]."""
-    with (run_dir / "evaluation.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["seed", "episode", "episodic_return", "episodic_length"])
-        for (row, episode), value in np.ndenumerate(returns):
-            writer.writerow([config.seed + row, episode, f"{value:.7g}", lengths[row, episode]])
+    import scipy.stats
+
+    row, episode = np.indices(returns.shape)
+    columns = dict(seed=config.seed + row, episode=episode)
+    columns |= dict(episodic_return=returns, episodic_length=lengths)
+    (run_dir / "evaluation.csv").write_bytes(csv_text(columns, header=True))
     print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
     print("  seed       return ± deviation     length")
-    shown = min(config.num_seeds, 20)
-    for row in range(shown):
-        mean, deviation = returns[row].mean(), returns[row].std()
-        print(f"{config.seed + row:6d} {mean:12.2f} ± {deviation:<9.2f} {lengths[row].mean():9.1f}")
-    if shown < config.num_seeds:
-        print(f"   ... and {config.num_seeds - shown} more in evaluation.csv")
+    for i in range(min(config.num_seeds, 20)):  # evaluation.csv has the others
+        mean, deviation, length = returns[i].mean(), returns[i].std(), lengths[i].mean()
+        print(f"{config.seed + i:6d} {mean:12.2f} ± {deviation:<9.2f} {length:9.1f}")
+    if cut := (lengths >= max_steps).sum():
+        print(f"{cut} episodes had no end after {max_steps} steps and were cut there")
     scores = returns.mean(axis=1)
-    print(f"\ninterquartile mean over seeds: {interquartile_mean(scores):.2f}", end="")
+    iqm = partial(scipy.stats.trim_mean, proportiontocut=0.25)  # Agarwal et al. 2021
+    text = f"\ninterquartile mean over seeds: {iqm(scores):.2f}"
     if config.num_seeds > 1:
-        interval = scipy.stats.bootstrap(  # a thousand samples at a time, for the memory's sake
-            (scores,), interquartile_mean, batch=1000, method="percentile", rng=0
-        ).confidence_interval
-        print(f"   (95 % bootstrap interval {interval.low:.2f} to {interval.high:.2f})", end="")
-    print()
+        bootstrap = scipy.stats.bootstrap((scores,), iqm, method="percentile", batch=999, rng=0)
+        low, high = bootstrap.confidence_interval
+        text += f"   (95 % bootstrap interval {low:.2f} to {high:.2f})"
+    print(text)
 
 
-def open_run(config: Config, state: State) -> tuple[Path, ocp.CheckpointManager, State, int]:
-    """Create the run's directory, or open the one to resume.
+@contextlib.contextmanager
+def asked_to_stop():
+    """In here the first Ctrl-C, SIGTERM or SIGHUP only adds its number to the list that this gives;
+    the second one ends the process."""
 
-    `state` has shapes only. On resuming it comes back filled, with the number of updates done.
-    """
-    script, first_process = Path(__file__).stem, jax.process_index() == 0
+    def note(number, _):
+        if numbers:
+            os._exit(128 + number)
+        numbers.append(number)
+        with contextlib.suppress(OSError):  # not `print`, which may be what was interrupted
+            os.write(2, b"\nstopping after this segment (once more: at once)\n")
 
-    def directory(second):
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(second))
-        return Path("runs") / f"{config.env_id}__{script}__{config.seed}__{stamp}"
+    numbers, watched = [], [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)]
+    watched = [number for number in watched if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread():
+        watched = []  # only the main thread gets signals
+    before = {number: signal.signal(number, note) for number in dict.fromkeys(watched)}
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    create, second = first_process and not config.resume, int(time.time())
-    while create:
-        try:
-            directory(second).mkdir(parents=True)
+
+def create_run(config: Config) -> str:
+    """The directory of a new run, named by what it is and when it began."""
+    name = f"{re.sub(r'[^-.a-zA-Z0-9_]', '_', config.env_id)}__{SCRIPT}__{config.seed}"
+    Path("runs").mkdir(exist_ok=True)
+    for second in count(int(time.time())):  # another run may have begun in the same second
+        run_dir = Path("runs") / time.strftime(f"{name}__%Y%m%d-%H%M%S", time.gmtime(second))
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir()
             break
-        except FileExistsError:  # by a run that was started in the same second
-            second += 1
-        except OSError as error:
-            fail(f"cannot write to {directory(second)}: {error}")
-    second = int(multihost_utils.broadcast_one_to_all(np.uint32(second)))  # the first process's
-    run_dir = Path(config.resume or directory(second))
-    # Orbax writes a checkpoint beside the old one and renames it when it is complete.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    try:
-        if create:
-            stored = {"script": script, **dataclasses.asdict(config)}
-            del stored["resume"], stored["distributed"]
-            (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
-        checkpoints = ocp.CheckpointManager(
-            run_dir.resolve() / "checkpoints",
-            options=options,
-            item_handlers=ocp.StandardCheckpointHandler(),
+    stored = {"format": FORMAT, "script": SCRIPT, **asdict(config)}
+    (run_dir / "config.json").write_text(json.dumps(stored, indent=2) + "\n")
+    return str(run_dir)
+
+
+class Run:
+    """The directory of a run, held against other processes: metrics.csv and the last checkpoint,
+    which knows the size and checksum that metrics.csv had, and what it was made with."""
+
+    def __init__(self, path: str, config: Config, state: State):
+        self.path, self.config, self.state = Path(path), config, state
+        circumstances = dict(jax=jax.__version__, x64=bool(jax.config.jax_enable_x64))
+        circumstances |= dict(devices=jax.device_count())  # the bits depend on them
+        self.made_with = json.loads(json.dumps([asdict(config), circumstances]))
+        first_does(self.lock)
+        policy, every = ocp.checkpoint_managers.ContinuousCheckpointingPolicy, CHECKPOINT_SECONDS
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=policy(minimum_interval_secs=every),
+            max_to_keep=1,
+            enable_async_checkpointing=False,
         )
-    except OSError as error:
-        fail(f"cannot write to {run_dir}: {error}")
-    if not config.resume:
-        return run_dir, checkpoints, state, 0
-    try:
-        updates_done = checkpoints.latest_step()
-        if updates_done is None:
-            raise ValueError("none was written; start anew")
-        stored, shape = checkpoints.item_metadata(updates_done), lambda x: x.shape
-        if jax.tree.map(shape, stored["params"]) != jax.tree.map(shape, state.params):
-            raise ValueError("its networks have other sizes")
-        state = checkpoints.restore(updates_done, args=ocp.args.StandardRestore(state))
-        # Rows written after the checkpoint belong to updates that will be done again.
-        metrics_file = run_dir / "metrics.csv"
-        num_rows = 1 + updates_done * config.num_seeds if updates_done else 0
-        rows = metrics_file.read_text().splitlines(keepends=True)[:num_rows] if num_rows else []
-        if len(rows) < num_rows:
-            raise ValueError("metrics.csv is shorter than the checkpoint says")
-    except Exception as error:  # whatever Orbax raises on a damaged file
-        fail(f"the checkpoint in {run_dir} is missing or damaged: {error}")
-    multihost_utils.sync_global_devices("all have read metrics.csv")
-    if first_process:
+        folder = self.path.resolve() / "checkpoints"
+        self.checkpoints = ocp.CheckpointManager(folder, options=options)
+        self.done, self.size, self.checksum = first_does(self.find_checkpoint)
+        if self.done:
+            try:
+                args = ocp.args.StandardRestore(state)  # in its shapes, on its devices
+                self.state = self.checkpoints.restore(self.done, args=args)
+            except Exception as error:  # whatever Orbax raises on a damaged file
+                raise Failure(f"the checkpoint of {path} is damaged: {error}") from None
+
+    def lock(self) -> None:
+        """Open metrics.csv, and hold it against other processes until this one ends."""
+        self.metrics = (self.path / "metrics.csv").open("a+b")
+        with contextlib.suppress(ImportError):  # Windows has no locks
+            import fcntl
+
+            try:
+                fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Failure(f"another process is at work in {self.path}") from None
+
+    def find_checkpoint(self) -> tuple[int, int, int]:
+        """The last checkpoint's updates, size and checksum of metrics.csv, which is cut back to it:
+        later rows belong to updates that will be done again."""
+        done, size, checksum = self.checkpoints.latest_step() or 0, 0, 0
+        if done:
+            try:
+                stored = self.checkpoints.metadata(done).custom_metadata
+                (update, size, checksum), (config, then) = stored["metrics"], stored["made_with"]
+            except Exception as error:  # whatever Orbax raises on a damaged file
+                raise Failure(f"the checkpoint of {self.path} is damaged: {error!r}") from None
+            if (update, config) != (done, self.made_with[0]):
+                other = f"it is of update {update} of {config}"
+                raise Failure(f"checkpoint {done} of {self.path} is not this run's: {other}")
+            if then != self.made_with[1]:
+                print(f"made with {then}, goes on with {self.made_with[1]}: other bits may follow")
+        self.metrics.seek(0)
+        if zlib.crc32(self.metrics.read(size)) != checksum or self.metrics.tell() != size:
+            anew = f"without {self.path}/checkpoints it would begin anew"
+            raise Failure(f"{self.path}/metrics.csv was changed since the checkpoint; {anew}")
+        self.metrics.truncate()
+        return done, size, checksum
+
+    def append(self, metrics: dict[str, np.ndarray]) -> None:
+        """Add one row per update and seed; `metrics` are [num_seeds, updates of this segment]."""
+        update, row = np.indices(next(iter(metrics.values())).T.shape)
+        update += self.done + 1
+        columns = dict(seed=self.config.seed + row, update=update)
+        columns |= dict(env_step=update * self.config.batch_size)
+        text = csv_text(columns | {name: x.T for name, x in metrics.items()}, self.size == 0)
+        self.metrics.write(text)
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())  # before a checkpoint counts on it
+        self.size, self.checksum = self.size + len(text), zlib.crc32(text, self.checksum)
+
+    def save(self, force: bool) -> None:
+        """Write a checkpoint if it is time for one; Orbax renames it when it is complete."""
+        stored = dict(metrics=[self.done, self.size, self.checksum], made_with=self.made_with)
+        args = dict(args=ocp.args.StandardSave(self.state), custom_metadata=stored, force=force)
         try:
-            shorter = metrics_file.with_suffix(".tmp")
-            shorter.write_text("".join(rows))
-            shorter.replace(metrics_file)  # at once, so that a kill leaves one or the other
-        except OSError as error:
-            fail(f"cannot write to {run_dir}: {error}")
-    return run_dir, checkpoints, state, updates_done
+            self.checkpoints.save(self.done, **args)
+        except ValueError as error:  # TensorStore's, of a full disk
+            raise OSError(error) if "OS error" in str(error) else error from None
 
 
-def check_finite(config: Config, first_update: int, metrics: dict, finite: np.ndarray) -> None:
-    """Raise FloatingPointError if a loss (TRPO: or the residual) or the weights are not finite.
+def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
+    """Go on to the end, or to the segment in which a signal comes: its number, or 0."""
+    config, hidden, asked = run.config, jax.process_index() > 0, 0
+    steps = config.num_seeds * config.batch_size  # of an update
+    total, start = config.num_updates * steps, run.done * steps
+    bar = tqdm(total=total, initial=start, unit="step", unit_scale=True, disable=hidden)
+    with bar, asked_to_stop() as signals:
+        while run.done < config.num_updates and not asked:
+            run.state, results = run_segment(run.state)
+            # Whole NumPy arrays in each process; this waits for the segment.
+            metrics, finite = multihost_utils.process_allgather(results, tiled=True)
+            first_does(run.append, metrics)
+            if not finite.all():  # [num_seeds, updates, causes]
+                update, seed, cause = np.argwhere(~finite.swapaxes(0, 1))[0]
+                what = ("an observation", "a reward", "a loss", "a weight")[cause]
+                where = f"seed {config.seed + seed} in update {run.done + update + 1}"
+                mend = "mend the environment" if cause < 2 else "try a lower --learning-rate"
+                failure = Failure(f"{what} of {where} is not finite, see metrics.csv: {mend}")
+                failure.code = 1
+                raise failure
+            run.done += length
+            asked = max(exchange([*signals, 0][0]))
+            run.save(force=asked > 0 or run.done == config.num_updates)
+            bar.update(length * steps)
+            if np.isfinite(metrics["episodic_return"]).any():
+                bar.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
+    return asked
 
-    `metrics` are [num_seeds, updates]; `finite` [num_seeds] says whether a seed's weights are.
-    """
-    watched = [name for name in metrics if name.endswith(("_loss", "_residual"))]
-    bad = ~np.isfinite([metrics[name] for name in watched])  # [names, num_seeds, updates]
-    if bad.any():
-        update, seed, name = np.argwhere(bad.T)[0]  # the first update, in it the first seed
-        raise FloatingPointError(
-            f"the {watched[name]} of seed {config.seed + seed} is not finite in update "
-            f"{first_update + update + 1}"
-        )
-    if not finite.all():
-        seed, last_update = config.seed + int(np.argmin(finite)), first_update + bad.shape[2]
-        raise FloatingPointError(
-            f"the weights of seed {seed} are not finite after update {last_update}"
-        )
+
+def run_command(flags: Flags) -> int:
+    """Train, evaluate, report. Returns the exit code."""
+    config, devices, first_process = flags.config, jax.device_count(), jax.process_index() == 0
+    say = print if first_process else lambda *_: None
+    mine = {**asdict(config), "resume": flags.resume, "folder": os.getcwd()}
+    for i, other in enumerate(exchange(mine)):
+        if differ := [f"{name} = {other[name]}" for name in mine if other[name] != mine[name]]:
+            raise Failure(f"process {i} was started with {', '.join(differ)}, this one not")
+    scale = f"{config.num_seeds} seeds x {config.num_updates} updates x {config.batch_size} steps"
+    say(f"{SCRIPT} on {config.env_id}: {scale}, on {devices} x {jax.devices()[0].device_kind}")
+    if config.num_seeds % devices:
+        raise Failure(f"num_seeds = {config.num_seeds} does not divide over {devices} devices")
+    clock = time.perf_counter()
+    seeds, axis = config.seed + np.arange(config.num_seeds), seed_axis()
+    init, update = make_train(config)
+    start = over_seeds(lambda seed: init(jax.random.key(seed)))
+    try:
+        on_devices = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=axis)
+        state = jax.tree.map(on_devices, jax.eval_shape(start, seeds))
+        run_segment, length = compile_segment(config, update, state)
+    except (Failure, jax.errors.JaxRuntimeError):
+        raise
+    except AssertionError as error:  # chex's
+        raise Failure(f"{config.env_id} returns arrays of wrong shapes: {error}") from None
+    except Exception as error:
+        raise Failure(f"the program cannot be built, with {config.env_id}") from error
+    say(f"compiled in {time.perf_counter() - clock:.1f} s")
+    run = Run(flags.resume or first_does(create_run, config), config, start(seeds))
+    say(f"writing {run.path}")
+    clock, before = time.perf_counter(), run.done
+    asked = train_in_segments(run, run_segment, length)
+    seconds = time.perf_counter() - clock
+    steps = (run.done - before) * config.num_seeds * config.batch_size
+    say(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
+    if first_process and run.done:
+        plot_learning_curve(run.path, config)
+    if asked:
+        again = f"--resume {shlex.quote(str(run.path))}" + " --distributed" * flags.distributed
+        say(f"stopped after update {run.done} of {config.num_updates}; go on with")
+        say(f"  python {sys.argv[0]} {again}")
+        return 128 + asked
+    # All is saved: from here on a signal ends it. The keys are none that training had: it splits,
+    # and split(key, n)[i] is fold_in(key, i) with i < n.
+    most = max(10_000, config.num_updates * config.num_steps)  # as many steps as training had
+    key = lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31)
+    play = lambda seed, state: evaluate(config, state, key(seed), EVALUATION_EPISODES, None, most)
+    results = over_seeds(play)(seeds, run.state)
+    returns, lengths = multihost_utils.process_allgather(results, tiled=True)
+    if first_process:
+        report_evaluation(run.path, config, returns, lengths, most)
+        print(f"\nfiles in {run.path}: {', '.join(sorted(x.name for x in run.path.iterdir()))}")
+    return 0
+
+
+class Terminal:
+    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        self.write, self.flush = (partial(self.attempt, name) for name in ("write", "flush"))
+        self.attempt("reconfigure", errors="replace")  # terminals without γ
+
+    def attempt(self, name, *arguments, **options):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            return getattr(self.stream, name)(*arguments, **options)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def main() -> None:
-    """Train from the command line, in segments between which files are written."""
-    config = parse_command_line()
-    if config.distributed:
-        join_processes()
-    try:
-        init, update = make_train(config)
-        mesh = make_mesh(config.num_seeds)
-    except ValueError as error:
-        fail(error)
-    # Each process makes the keys of its own devices, as its part of one array.
-    sharding = NamedSharding(mesh, PartitionSpec("seed"))
-    make_keys = lambda: jax.vmap(jax.random.key)(config.seed + jnp.arange(config.num_seeds))
-    keys = jax.jit(make_keys, out_shardings=sharding)()
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(jax.vmap(init), keys),
-    )
-    run_dir, checkpoints, state, updates_done = together(config.resume, open_run, config, shapes)
-
-    def save(step, state):
+    """The command line: whatever ends it becomes a sentence and an exit code."""
+    out, err = Terminal(sys.stdout), Terminal(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            together(run_dir, checkpoints.save, step, args=ocp.args.StandardSave(state))
-        except ValueError as error:  # what TensorStore makes of a full disk
-            raise OSError(error) from error
-
-    # Arrays that are spread over the processes become whole NumPy arrays in each of them. NumPy
-    # arrays, of which each process has one, are joined along their first axis.
-    gather = partial(together, run_dir, multihost_utils.process_allgather, tiled=True)
-    first_process = jax.process_index() == 0  # it alone reports, and writes tables and pictures
-    say = print if first_process else lambda *_: None
-    say(
-        f"{Path(__file__).stem} on {config.env_id}: {config.num_seeds} seeds x "
-        f"{config.num_updates} updates x {config.batch_size} steps, on "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}\nwriting {run_dir}"
-    )
-
-    # From here on the first Ctrl-C or SIGTERM asks for an end after the current segment.
-    signals = []
-
-    def stop(number, _):
-        signals.append(number)
-        handle(signal.SIG_DFL)  # the second one ends at once
-        # Not `print`, which fails if the signal came while it was printing. Ctrl-C may also have
-        # ended whatever reads standard error.
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this segment (once more: at once)\n")
-
-    def handle(handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-    handle(stop)
-
-    # One program serves all segments, since they have the same length: the largest divisor of the
-    # number of updates up to a hundredth of it. Donation lets the new state take the old memory.
-    longest = max(1, config.num_updates // 100)
-    length = next(n for n in range(longest, 0, -1) if config.num_updates % n == 0)
-
-    def segment(state):
-        state, metrics = jax.lax.scan(update, state, None, length)
-        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]).all()
-        return state, metrics, finite
-
-    start = time.perf_counter()
-    run_segment = over_seeds(segment, mesh, donate_argnums=0).lower(shapes).compile()
-    initialize = None if config.resume else over_seeds(init, mesh).lower(keys).compile()
-    say(f"compiled in {time.perf_counter() - start:.1f} s")
-    if not config.resume:
-        state = initialize(keys)
-        save(0, state)
-
-    start = saved = time.perf_counter()
-    resumed_at = updates_done
-    steps_per_update = config.num_seeds * config.batch_size
-    progress = tqdm(
-        total=config.num_updates * steps_per_update,
-        initial=updates_done * steps_per_update,
-        unit="step",
-        unit_scale=True,
-        disable=not first_process,
-    )
-    stopping = False
-    while updates_done < config.num_updates and not stopping:
-        state, metrics, finite = run_segment(state)
-        metrics, finite = gather((metrics, finite))  # waits for the segment
-        # All processes learn whether one was asked to stop, or thinks that it is time to save, so
-        # that all do the same.
-        asked = np.array([[len(signals) > 0, time.perf_counter() - saved > CHECKPOINT_SECONDS]])
-        stopping, saving = gather(asked).any(axis=0)
-        if first_process:
-            append_metrics(run_dir / "metrics.csv", config, updates_done, metrics)
-        try:
-            check_finite(config, updates_done, metrics, finite)
-        except FloatingPointError as error:
-            progress.close()
-            if first_process:
-                print(
-                    f"error: {error}; metrics.csv shows how it came to that\n"
-                    f"the last good checkpoint, of update {checkpoints.latest_step()}, is in "
-                    f"{run_dir}\nresumed, it would end the same way: start anew, perhaps with a "
-                    "lower --learning-rate",
-                    file=sys.stderr,
-                )
-            sys.exit(1)
-        updates_done += length
-        progress.update(length * steps_per_update)
-        if np.isfinite(metrics["episodic_return"]).any():
-            progress.set_postfix_str(f"return {np.nanmean(metrics['episodic_return']):.2f}")
-        if saving:
-            save(updates_done, state)
-            saved = time.perf_counter()
-    progress.close()
-    seconds, steps = time.perf_counter() - start, (updates_done - resumed_at) * steps_per_update
-    say(f"trained {steps:,} steps in {seconds:.1f} s ({steps / seconds:,.0f} steps/s)")
-    if updates_done > checkpoints.latest_step():
-        save(updates_done, state)
-    if updates_done and first_process:
-        plot_learning_curve(run_dir, config)
-    if gather(np.array([len(signals) > 0])).any():
-        say(f"stopped after update {updates_done} of {config.num_updates}; go on with")
-        say(f"  python {sys.argv[0]} --resume {run_dir}" + " --distributed" * config.distributed)
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
-    handle(signal.SIG_DFL)  # all is saved: nothing left to protect
-    play = partial(evaluate, config, num_episodes=EVALUATION_EPISODES)
-    # Keys that training never had: it splits, and split(key, n)[i] is fold_in(key, i), with i < n.
-    play_seed = lambda state, key: play(state, jax.random.fold_in(key, 2**31))
-    returns, lengths = gather(over_seeds(play_seed, mesh)(state, keys))
-    if first_process:
-        report_evaluation(run_dir, config, returns, lengths)
-        print(f"\nfiles in {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}")
+            flags = parse_flags()
+            straight_threefry()
+            join_processes() if flags.distributed else use_cores(flags.config.num_seeds)
+            try:
+                jax.devices()
+            except RuntimeError as error:
+                raise Failure(str(error).splitlines()[0]) from None
+            code = run_command(flags)
+            if flags.distributed:
+                jax.distributed.shutdown()  # waits for the others
+        except (Failure, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
+            lost = isinstance(error, jax.errors.JaxRuntimeError) and "EXHAUSTED" not in str(error)
+            if lost and not flags.distributed:
+                raise
+            code = 1 if lost else getattr(error, "code", 2)
+            about = "the processes cannot go on together: " if lost else ""
+            about = about or "cannot write: " * (type(error) is not Failure)
+            print(f"error: {about}{error}", file=err)
+            if error.__cause__:
+                traceback.print_exception(error.__cause__, file=err)
+        sys.exit(code)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:  # the disk is full, say
-        fail(f"cannot write: {error}\nwhat is saved, if anything, can be continued with --resume")
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(code)  # all is written; threads of JAX and Orbax that wait or complain end here
