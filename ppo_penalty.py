@@ -130,10 +130,7 @@ class Categorical(NamedTuple):
 
 
 class DiagGaussian(NamedTuple):
-    """Independent normal distributions of A action dimensions, on any leading axes [...].
-
-    A density, not a probability: `log_prob` may be positive and `entropy` negative.
-    """
+    """Independent normal distributions of A action dimensions, on any leading axes [...]."""
 
     mean: jax.Array  # [..., A]
     log_std: jax.Array  # [..., A]
@@ -165,10 +162,9 @@ class DiagGaussian(NamedTuple):
 def bound_action(action, space):
     """What the environment gets for the policy's action [N, A]: [N, ...], within its bounds.
 
-    For the policy ±1 are the bounds, so that a deviation of 1 explores the whole range: the action
-    is clipped to ±1 and stretched to [low, high]. Where a bound is missing nothing is clipped on
-    that side, and the units are the environment's. The loss never sees this: the density is that of
-    the raw action, and clipping it first would give a wrong ratio at the bounds.
+    For the policy ±1 are the bounds, so that a deviation of 1 explores the whole range: clipped to
+    ±1, stretched to [low, high]. Where a bound is missing nothing is clipped on that side, and the
+    units are the environment's. The loss sees the raw action, whose density it is.
     """
     if hasattr(space, "n"):
         return action  # discrete ones, [N], have none
@@ -264,10 +260,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over the data of one gradient step (Huang et al., detail 7).
-
-    So the step does not depend on the scale of the rewards. The mean may go, since E[∇ log π] = 0.
-    """
+    """Mean 0 and deviation 1 over a gradient step's data, for any scale of rewards (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -563,8 +556,9 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 import contextlib
 import difflib
-import importlib
+import importlib.util
 import json
+import logging
 import os
 import re
 import shlex
@@ -590,9 +584,11 @@ from tqdm import tqdm
 
 
 class Failure(ValueError):
-    """Ends a run with one sentence and an exit code. A cause, if it has one, is the user's code."""
+    """What ends a run with one sentence and this exit code."""
 
-    code = 2
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
 
 
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
@@ -630,8 +626,8 @@ def validate(config: Config) -> None:
                 raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
     size, parts = config.batch_size, config.num_minibatches
     if size % parts or size < 2 * parts:
-        equal = "do not divide into num_minibatches = {parts} equal parts of 2 or more"
-        raise Failure(f"num_steps x num_envs = {size} transitions {equal}")
+        equal = f"num_minibatches = {parts} equal parts of 2 or more"
+        raise Failure(f"num_steps x num_envs = {size} transitions do not divide into {equal}")
     if config.num_updates < 1:
         raise Failure(f"total_timesteps must be at least num_steps x num_envs = {size}")
     steps = config.num_updates * config.update_epochs * parts
@@ -695,15 +691,13 @@ def make_env(env_id: str) -> Environment:
     """A gymnax environment by its name, or `module:name`: a module, which may lie in the current
     folder, that defines `make(name) -> Environment` or has registered `name` with gymnax."""
     module, _, name = env_id.rpartition(":")
-    try:
-        if module:
+    if module:
+        if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-            module = importlib.import_module(module)
-        env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
-    except Failure:
-        raise
-    except Exception as error:
-        raise Failure(f"the environment {env_id} cannot be made") from error
+        if importlib.util.find_spec(module) is None:
+            raise Failure(f"there is no module {module!r}, neither here nor installed")
+        module = importlib.import_module(module)
+    env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
     if not hasattr(env.action_space, "n") and not hasattr(env.action_space, "low"):
         raise Failure(f"{env_id} has actions that are neither discrete nor a box: not supported")
     return env
@@ -771,11 +765,11 @@ def load_config(run_dir: str | Path) -> Config:
         config = Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Failure(f"{run_dir} has no configuration of a run: {error!r}") from None
-    if made_by != (SCRIPT, FORMAT) or stored.keys() != vars(config).keys():
-        made_by = f"{made_by[0]}.py in format {made_by[1]}, with {len(stored)} hyperparameters"
-        raise Failure(
-            f"{run_dir} is of {made_by}; needed: {SCRIPT}.py, {FORMAT}, {len(vars(config))}"
-        )
+    if made_by != (SCRIPT, FORMAT):
+        made_by = f"{made_by[0]}.py in format {made_by[1]}"
+        raise Failure(f"{run_dir} is a run of {made_by}, not of {SCRIPT}.py in format {FORMAT}")
+    if missing := vars(config).keys() - stored.keys():
+        raise Failure(f"{run_dir}/config.json lacks {', '.join(missing)}")
     validate(config)
     return config
 
@@ -789,6 +783,7 @@ def parse_flags() -> Flags:
     for name, value in vars(default).items():
         if resumes and getattr(flags.config, name) != value:
             raise Failure(f"{first.resume} was started with {name} = {value}; this cannot change")
+    validate(flags.config)
     return flags
 
 
@@ -813,13 +808,18 @@ def join_processes() -> None:
     address, *numbers = [os.environ.get(name) for name in names]
     print(f"joining the other processes{f' at {address}' if address else ''}")
     try:
-        if address and not re.fullmatch(r".+:\d{1,5}", address):
+        if address is not None and not re.fullmatch(r".+:\d{1,5}", address):
             raise ValueError(f"{address} is not host:port")
         number, index = (None if x is None else int(x) for x in numbers)
         jax.distributed.initialize(num_processes=number, process_id=index)
     except (ValueError, TypeError, RuntimeError) as error:
         known = "Slurm, Open MPI, TPU and (with jax[k8s]) Kubernetes are found; elsewhere set"
         raise Failure(f"cannot join the others: {error}\n{known} {', '.join(names)}") from None
+
+
+def brief(error: Exception) -> str:
+    """The first line of what JAX or Orbax may say in fifty."""
+    return (str(error) or repr(error)).strip().splitlines()[0][:300]
 
 
 def exchange(value: Any) -> list:
@@ -835,11 +835,11 @@ def first_does(function: Callable, *arguments: Any) -> Any:
     result, failure = None, None
     try:
         result = function(*arguments) if jax.process_index() == 0 else None
-    except (OSError, Failure) as error:
-        failure = str(error)
+    except (Failure, OSError) as error:
+        failure = explain(error)
     result, failure = exchange([result, failure])[0]
     if failure:
-        raise Failure(failure)
+        raise Failure(*failure)
     return result
 
 
@@ -991,8 +991,8 @@ class Run:
     """The directory of a run, held against other processes: metrics.csv and the last checkpoint,
     which knows the size and checksum that metrics.csv had, and what it was made with."""
 
-    def __init__(self, path: str, config: Config, state: State):
-        self.path, self.config, self.state = Path(path), config, state
+    def __init__(self, path: str, config: Config):
+        self.path, self.config = Path(path), config
         circumstances = dict(jax=jax.__version__, x64=bool(jax.config.jax_enable_x64))
         circumstances |= dict(devices=jax.device_count())  # the bits depend on them
         self.made_with = json.loads(json.dumps([asdict(config), circumstances]))
@@ -1003,15 +1003,19 @@ class Run:
             max_to_keep=1,
             enable_async_checkpointing=False,
         )
-        folder = self.path.resolve() / "checkpoints"
-        self.checkpoints = ocp.CheckpointManager(folder, options=options)
+        handler, folder = ocp.StandardCheckpointHandler(), self.path.resolve() / "checkpoints"
+        self.checkpoints = ocp.CheckpointManager(folder, item_handlers=handler, options=options)
         self.done, self.size, self.checksum = first_does(self.find_checkpoint)
+
+    def restore(self, state: State) -> None:
+        """Begin with this state, or with what a checkpoint of its shapes has in its place."""
+        self.state = state
         if self.done:
             try:
-                args = ocp.args.StandardRestore(state)  # in its shapes, on its devices
+                args = ocp.args.StandardRestore(state)
                 self.state = self.checkpoints.restore(self.done, args=args)
             except Exception as error:  # whatever Orbax raises on a damaged file
-                raise Failure(f"the checkpoint of {path} is damaged: {error}") from None
+                raise Failure(f"the checkpoint of {self.path} is damaged: {brief(error)}") from None
 
     def lock(self) -> None:
         """Open metrics.csv, and hold it against other processes until this one ends."""
@@ -1033,16 +1037,19 @@ class Run:
                 stored = self.checkpoints.metadata(done).custom_metadata
                 (update, size, checksum), (config, then) = stored["metrics"], stored["made_with"]
             except Exception as error:  # whatever Orbax raises on a damaged file
-                raise Failure(f"the checkpoint of {self.path} is damaged: {error!r}") from None
-            if (update, config) != (done, self.made_with[0]):
-                other = f"it is of update {update} of {config}"
-                raise Failure(f"checkpoint {done} of {self.path} is not this run's: {other}")
+                raise Failure(f"the checkpoint of {self.path} is damaged: {brief(error)}") from None
+            other = [name for name in config if self.made_with[0].get(name) != config[name]]
+            if other or update != done:
+                what = f"it was made with another {', '.join(other)}" if other else "it was renamed"
+                raise Failure(f"checkpoint {done} of {self.path} is not this run's: {what}")
             if then != self.made_with[1]:
                 print(f"made with {then}, goes on with {self.made_with[1]}: other bits may follow")
         self.metrics.seek(0)
         if zlib.crc32(self.metrics.read(size)) != checksum or self.metrics.tell() != size:
-            anew = f"without {self.path}/checkpoints it would begin anew"
-            raise Failure(f"{self.path}/metrics.csv was changed since the checkpoint; {anew}")
+            anew = f"remove {self.path}/checkpoints to begin anew"
+            raise Failure(
+                f"{self.path}/metrics.csv was cut or changed since the checkpoint: {anew}"
+            )
         self.metrics.truncate()
         return done, size, checksum
 
@@ -1065,7 +1072,8 @@ class Run:
         try:
             self.checkpoints.save(self.done, **args)
         except ValueError as error:  # TensorStore's, of a full disk
-            raise OSError(error) if "OS error" in str(error) else error from None
+            reason = str(error).rpartition(": ")[2]
+            raise OSError(reason) if re.search("os.error", reason, re.I) else error from None
 
 
 def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
@@ -1085,9 +1093,7 @@ def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
                 what = ("an observation", "a reward", "a loss", "a weight")[cause]
                 where = f"seed {config.seed + seed} in update {run.done + update + 1}"
                 mend = "mend the environment" if cause < 2 else "try a lower --learning-rate"
-                failure = Failure(f"{what} of {where} is not finite, see metrics.csv: {mend}")
-                failure.code = 1
-                raise failure
+                raise Failure(f"{what} of {where} is not finite, see metrics.csv: {mend}", code=1)
             run.done += length
             asked = max(exchange([*signals, 0][0]))
             run.save(force=asked > 0 or run.done == config.num_updates)
@@ -1099,33 +1105,39 @@ def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
 
 def run_command(flags: Flags) -> int:
     """Train, evaluate, report. Returns the exit code."""
-    config, devices, first_process = flags.config, jax.device_count(), jax.process_index() == 0
+    try:
+        devices = jax.device_count()
+    except (RuntimeError, AssertionError) as error:
+        asked = f"with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
+        raise Failure(f"JAX finds no device {asked}: {brief(error)}") from None
+    config, first_process = flags.config, jax.process_index() == 0
     say = print if first_process else lambda *_: None
     mine = {**asdict(config), "resume": flags.resume, "folder": os.getcwd()}
+    mine = {name: str(value) for name, value in mine.items()}
     for i, other in enumerate(exchange(mine)):
-        if differ := [f"{name} = {other[name]}" for name in mine if other[name] != mine[name]]:
-            raise Failure(f"process {i} was started with {', '.join(differ)}, this one not")
+        differ = [
+            f"{name} {other[name]} (here {mine[name]})"
+            for name in mine
+            if other[name] != mine[name]
+        ]
+        if differ:
+            raise Failure(f"process {i} was started with another {', '.join(differ)}")
     scale = f"{config.num_seeds} seeds x {config.num_updates} updates x {config.batch_size} steps"
     say(f"{SCRIPT} on {config.env_id}: {scale}, on {devices} x {jax.devices()[0].device_kind}")
     if config.num_seeds % devices:
         raise Failure(f"num_seeds = {config.num_seeds} does not divide over {devices} devices")
+    run = Run(flags.resume, config) if flags.resume else None
     clock = time.perf_counter()
     seeds, axis = config.seed + np.arange(config.num_seeds), seed_axis()
     init, update = make_train(config)
     start = over_seeds(lambda seed: init(jax.random.key(seed)))
-    try:
-        on_devices = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=axis)
-        state = jax.tree.map(on_devices, jax.eval_shape(start, seeds))
-        run_segment, length = compile_segment(config, update, state)
-    except (Failure, jax.errors.JaxRuntimeError):
-        raise
-    except AssertionError as error:  # chex's
-        raise Failure(f"{config.env_id} returns arrays of wrong shapes: {error}") from None
-    except Exception as error:
-        raise Failure(f"the program cannot be built, with {config.env_id}") from error
+    on_devices = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=axis)
+    state = jax.tree.map(on_devices, jax.eval_shape(start, seeds))
+    run_segment, length = compile_segment(config, update, state)
     say(f"compiled in {time.perf_counter() - clock:.1f} s")
-    run = Run(flags.resume or first_does(create_run, config), config, start(seeds))
+    run = run or Run(first_does(create_run, config), config)
     say(f"writing {run.path}")
+    run.restore(start(seeds))
     clock, before = time.perf_counter(), run.done
     asked = train_in_segments(run, run_segment, length)
     seconds = time.perf_counter() - clock
@@ -1152,19 +1164,39 @@ def run_command(flags: Flags) -> int:
 
 
 class Terminal:
-    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop."""
+    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop. Only the
+    thread that made it is heard: Orbax's say at length what the run says in a sentence."""
 
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.thread = stream, threading.current_thread()
         self.write, self.flush = (partial(self.attempt, name) for name in ("write", "flush"))
         self.attempt("reconfigure", errors="replace")  # terminals without γ
+        logging.getLogger("absl").addFilter(lambda record: record.thread == self.thread.ident)
 
     def attempt(self, name, *arguments, **options):
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            return getattr(self.stream, name)(*arguments, **options)
+            if threading.current_thread() is self.thread:
+                getattr(self.stream, name)(*arguments, **options)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """What to say of whatever ended the command, and its exit code."""
+    if isinstance(error, Failure):
+        return str(error), error.code
+    if isinstance(error, OSError):
+        return f"cannot write: {brief(error)}; --resume goes on from what is saved", 2
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return f"not enough memory: {brief(error)}", 2
+    if isinstance(error, AssertionError) and "Chex" in str(error):
+        return f"an array has another shape than it should: {brief(error)}", 2
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        return f"the processes cannot go on together: {brief(error)}; start all with --resume", 1
+    return "".join(
+        ["the program, or the environment, failed\n", *traceback.format_exception(error)]
+    ), 1
 
 
 def main() -> None:
@@ -1175,23 +1207,12 @@ def main() -> None:
             flags = parse_flags()
             straight_threefry()
             join_processes() if flags.distributed else use_cores(flags.config.num_seeds)
-            try:
-                jax.devices()
-            except RuntimeError as error:
-                raise Failure(str(error).splitlines()[0]) from None
             code = run_command(flags)
             if flags.distributed:
                 jax.distributed.shutdown()  # waits for the others
-        except (Failure, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:
-            lost = isinstance(error, jax.errors.JaxRuntimeError) and "EXHAUSTED" not in str(error)
-            if lost and not flags.distributed:
-                raise
-            code = 1 if lost else getattr(error, "code", 2)
-            about = "the processes cannot go on together: " if lost else ""
-            about = about or "cannot write: " * (type(error) is not Failure)
-            print(f"error: {about}{error}", file=err)
-            if error.__cause__:
-                traceback.print_exception(error.__cause__, file=err)
+        except Exception as error:
+            sentence, code = explain(error)
+            print(f"error: {sentence}", file=err)
         sys.exit(code)
 
 
@@ -1199,11 +1220,9 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError, ValueError):
-            stream.flush()
-    os._exit(code)  # all is written; threads of JAX and Orbax that wait or complain end here
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(
+            end.code
+        )  # all is written; threads of JAX and Orbax that wait or complain end here
