@@ -1171,10 +1171,26 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except SystemExit as end:
+    except SystemExit as end:  # what the streams still hold is written, or lost with a closed pipe
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 stream.flush()
-        os._exit(
-            end.code
-        )  # all is written; threads of JAX and Orbax that wait or complain end here
+        os._exit(end.code)  # threads of JAX and Orbax that wait for others or complain end here
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "jax>=0.10.2,<0.12",
+#     "flax>=0.12.8,<0.13",
+#     "optax>=0.2.8,<0.3",
+#     "gymnax>=1.0.1,<1.1",
+#     "chex>=0.1.92,<0.2",
+#     "six>=1.17,<2",
+#     "orbax-checkpoint>=0.12.8,<0.13",
+#     "tyro>=1.0.17,<1.1",
+#     "tqdm>=4.70,<5",
+#     "matplotlib>=3.11,<3.12",
+#     "numpy>=2.4,<3",
+#     "scipy>=1.17,<2",
+# ]
+# ///

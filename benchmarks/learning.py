@@ -1,4 +1,4 @@
-"""Train script × environment with the documented command; write the README's tables and figures.
+"""Train script × environment with the documented command; write docs/results.md's tables, figures.
 
     python benchmarks/learning.py                     # every cell without a current result
     python benchmarks/learning.py --only CartPole     # of these, those whose name contains this
@@ -11,9 +11,11 @@ flag. Its result is a CSV file in benchmarks/results/: one row per seed with the
 greedy evaluation, below two lines that say when, on what and with which configuration it was made;
 beside it the learning curve, thinned out. A result of another configuration than the current one,
 because a default or a preset has changed, counts as missing. Delete a file to have it made again.
+A run that was killed goes on with the cell that it was at.
 
 An ablation changes one thing: a value of the configuration, or one of the script's public
-functions, which is replaced in the loaded module. The scripts need no flag for it.
+functions, which is replaced in the loaded module. The scripts need no flag for it. Its seeds
+are spread over the cores, as those of the command line are.
 """
 
 import argparse
@@ -38,10 +40,12 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = ROOT / "docs" / "results.md"
 sys.path.insert(0, str(ROOT))
+import ppo_discrete
 
 CLIP, PENALTY, TRPO = "clip", "ppo_penalty", "trpo"  # the columns of the table
-LABELS = {CLIP: "PPO, clip", PENALTY: "PPO, KL penalty", TRPO: "TRPO"}
+LABELS = {CLIP: "PPO-clip", PENALTY: "PPO-penalty", TRPO: "TRPO"}
 COLORS = {CLIP: "tab:blue", PENALTY: "tab:orange", TRPO: "tab:green"}
 CONTINUOUS = ("Pendulum", "MountainCarContinuous", "Reacher", "PointRobot", "Swimmer")
 ROWS = [  # environment, steps per seed, seeds, best published figure
@@ -109,19 +113,21 @@ def result_path(script, env_id, steps, folder=RESULTS):
 
 
 def configuration(script, env_id, steps, num_seeds, **values):
-    """What a run writes into its config.json, with `values` in place of some defaults."""
+    """What a run writes into config.json but its format, with `values` in place of defaults."""
     config = importlib.import_module(script).default_config(env_id)
     config = dataclasses.replace(config, total_timesteps=steps, num_seeds=num_seeds, **values)
-    stored = {"script": script, **dataclasses.asdict(config)}
-    del stored["resume"], stored["distributed"]
-    return json.loads(json.dumps(stored))
+    return json.loads(json.dumps({"script": script, **dataclasses.asdict(config)}))
 
 
 def write_scores(path, config, scores, seconds, episodes):
-    """One row per seed, below two lines that say how they were made; `config` as in config.json."""
+    """One row per seed, below two lines that say how they were made; `config` as in config.json.
+
+    The file is there when it is complete: until then the cell counts as missing.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "gymnax"))
-    with path.open("w", newline="") as file:
+    with unfinished.open("w", newline="") as file:
         file.write(
             f"# {time.strftime('%Y-%m-%d')}, {seconds:.0f} s on the CPU ({platform.machine()}), "
             f"Python {platform.python_version()}, {versions}\n"
@@ -131,6 +137,7 @@ def write_scores(path, config, scores, seconds, episodes):
         writer.writerow(["seed", "episodes", "mean_episodic_return"])
         for seed, score in enumerate(scores):
             writer.writerow([seed, episodes, f"{score:.6g}"])
+    unfinished.replace(path)
 
 
 def read_scores(path):
@@ -172,13 +179,13 @@ def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
         seconds = time.perf_counter() - start
         (run_dir,) = Path(empty).glob("runs/*")
         config = json.loads((run_dir / "config.json").read_text())
+        del config["format"]
         with (run_dir / "evaluation.csv").open(newline="") as file:
             rows = [(int(r["seed"]), float(r["episodic_return"])) for r in csv.DictReader(file)]
         with (run_dir / "metrics.csv").open(newline="") as file:
             curve = [(int(r["env_step"]), r["episodic_return"]) for r in csv.DictReader(file)]
     scores = [np.mean([value for other, value in rows if other == s]) for s in range(num_seeds)]
     path = result_path(script, env_id, steps, folder)
-    write_scores(path, config, scores, seconds, len(rows) // num_seeds)
 
     # The curve: the mean of each hundredth of the run, one column per seed.
     env_steps = np.array([step for step, _ in curve]).reshape(-1, num_seeds)[:, 0]
@@ -192,6 +199,7 @@ def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
             means = total / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
             values = ("" if np.isnan(mean) else f"{mean:.5g}" for mean in means)
             writer.writerow([env_steps[part[-1]], *values])
+    write_scores(path, config, scores, seconds, len(rows) // num_seeds)
 
 
 def budget(steps):
@@ -215,7 +223,7 @@ def cell_text(script, env_id, steps, num_seeds):
 
 def results_table():
     """One row per environment and budget, one column per algorithm."""
-    lines = ["| environment | steps | PPO, clip | PPO, KL penalty | TRPO | published PPO or TRPO |"]
+    lines = [f"| environment | steps | {' | '.join(LABELS.values())} | published PPO or TRPO |"]
     lines += ["|---|---|---|---|---|---|"]
     for env_id, steps, num_seeds, published in ROWS + MINATAR:
         texts = [
@@ -331,6 +339,13 @@ ABLATIONS = {
 }
 
 
+# What the tables call those whose files have another name.
+SHOWN = {
+    "clip: default (ε = 0.2)": "PPO-clip: default (ε = 0.2)",
+    "penalty: default (adaptive β)": "PPO-penalty: default (adaptive β)",
+}
+
+
 def ablation_path(name, env_id):
     words = "".join(c if c.isalnum() or c == "." else "_" for c in name)
     return RESULTS / "ablations" / f"{words}__{env_id}.csv"
@@ -358,7 +373,7 @@ def run_ablation(name, env_id, steps):
     try:
         for function, make in functions.items():
             setattr(script, function, make(script))
-        scores = np.asarray(jax.jit(jax.vmap(score))(keys))
+        scores = np.asarray(script.over_seeds(score)(keys))
     finally:
         for function, original in originals.items():
             setattr(script, function, original)
@@ -388,7 +403,7 @@ def ablation_table():
                 continue
             low, high = interval(scores)
             texts.append(f"**{interquartile_mean(scores):z.1f}** ({low:z.1f} to {high:z.1f})")
-        lines.append(f"| {name} | {' | '.join(texts)} |")
+        lines.append(f"| {SHOWN.get(name, name)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -407,7 +422,7 @@ def ablation_figure():
         axes.set_title(f"{env_id}, {budget(steps)}", fontsize="small")
         axes.set_xlabel("return")
         axes.grid(alpha=0.3)
-    panels[0].set_yticks(range(len(ABLATIONS)), list(ABLATIONS))
+    panels[0].set_yticks(range(len(ABLATIONS)), [SHOWN.get(name, name) for name in ABLATIONS])
     panels[0].invert_yaxis()
     figure.savefig(RESULTS / "ablations.png", dpi=110)
 
@@ -415,15 +430,14 @@ def ablation_figure():
 # ---- Command line ----
 
 
-def write_readme():
+def write_document():
     """Put the tables between their markers, and draw the figures."""
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    text = DOCUMENT.read_text()
     for name, table in (("results", results_table()), ("ablations", ablation_table())):
         start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
         before, rest = text.split(start)
         text = f"{before}{start}{table}\n{end}{rest.split(end)[1]}"
-    readme.write_text(text)
+    DOCUMENT.write_text(text)
     curves_figure()
     ablation_figure()
 
@@ -438,6 +452,8 @@ def main():
     if arguments.quick:
         sys.exit(0 if repeat_quickly() else 1)
     if arguments.ablations:
+        ppo_discrete.use_cores(10)  # before JAX starts; 10 is the number of seeds
+        ppo_discrete.straight_threefry()
         for env_id, steps in ABLATION_ENVS:
             for name in ABLATIONS:
                 wanted = arguments.only in f"{name} {env_id}"
@@ -448,7 +464,7 @@ def main():
             wanted = arguments.only in " ".join(map(str, cell))
             if wanted and not is_current(result_path(*cell[:3]), configuration(*cell)):
                 run_cell(*cell)
-    write_readme()
+    write_document()
 
 
 if __name__ == "__main__":

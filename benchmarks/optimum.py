@@ -9,7 +9,7 @@ computed on a grid with linear interpolation, up to the steps that an episode la
 is the return, not discounted, of playing the best actions by V in the episodes that `evaluate`
 plays: for γ = 1 the optimum, confirmed by V of their first states, up to the grid; for smaller γ
 what an agent gets that learns perfectly what it is told to. It is the interquartile mean, for ten
-seeds (0 to 9 are those of the README's table) and for a hundred.
+seeds (0 to 9 are those of the table in docs/results.md) and for a hundred.
 """
 
 import argparse
@@ -162,6 +162,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="the first of them")
     first = parser.parse_args().seed
+    ppo_discrete.straight_threefry()
     for env_id, task in TASKS.items():
         for discount in task.discounts:
             report(env_id, task, discount, first)

@@ -1,33 +1,49 @@
-"""How fast the scripts are: against bare arithmetic, and by number of seeds.
+"""How fast the scripts are: against bare arithmetic, other programs, and by number of devices.
 
-    python benchmarks/speed.py                              # everything; 20 minutes for `bare`
+    python benchmarks/speed.py                              # the first three tables; half an hour
     python benchmarks/speed.py --tables bare --scripts trpo --rounds 10
     python benchmarks/speed.py --tables bare --scripts ppo_continuous --activation relu
     python benchmarks/speed.py --tables sizes --seeds 1 64 1024 2048     # on a GPU
+    python benchmarks/speed.py --tables devices --devices 1 2 4 8        # more than there are cores
+    python benchmarks/speed.py --against PATH                # a folder with other such scripts
+    python benchmarks/speed.py --purejaxrl PATH              # a checkout of PureJaxRL
 
-First table, `bare`: how much of the time goes into the network arithmetic that no implementation
-can avoid. For each script and setting two programs with the same networks, optimizer and sizes are
-compiled and then run in turn, in one process: the script's `train` on its default environment, and
-the bare arithmetic: the actor's forward passes step by step, the critic's over the rollout, and
-what the update does with the networks, on random data, without environment, advantages, shuffling
-or random numbers. Hyperparameters are those of `Config`, without presets. A run lasts half a second
-or so and there are many: on a machine that is busy with other things, two neighbouring short runs
-are disturbed alike, two long ones are not. Printed: steps per second of both, the median and the
-quartiles of the ratios of neighbouring runs, and the time the compiler took (no persistent cache is
-used unless you set one). If Stable-Baselines3 and sb3-contrib are installed, they train with the
-same hyperparameters, in the same turns.
+All print Markdown, for docs/speed.md. What is compared is compiled first and then run in turn, in
+runs of half a second or so: on a machine that is busy with other things, two neighbouring short
+runs are disturbed alike, two long ones are not. A ratio is the median over neighbouring runs, with
+the quartiles in parentheses. Hyperparameters are those of `Config`, without presets. Compile times
+are those of XLA (no persistent cache is used unless you set one). As on the command line, Threefry
+is compiled to straight code. All but the tables of devices and of PureJaxRL run on one CPU device.
 
-Second table, `sizes`: more and more seeds of 4 environments, and one seed with more and more
-environments: steps per second, compile time, and memory per seed. It is drawn, too, as
-benchmarks/results/speed.png.
+`bare`: how much of the time goes into the network arithmetic that no implementation can avoid. For
+each script and setting there are two programs with the same networks, optimizer and sizes: the
+script's `train` on its default environment, and the bare arithmetic: the actor's forward passes
+step by step, the critic's over the rollout, and what the update does with the networks, on random
+data, without environment, advantages, shuffling or random numbers. If Stable-Baselines3 and
+sb3-contrib are installed, they train with the same hyperparameters, in the same turns.
+
+`sizes`: more and more seeds of 4 environments, and one seed with more and more environments: steps
+per second, compile time, and memory per seed. Also drawn, as benchmarks/results/speed.png.
+
+`devices`: seeds of 4 x 128, spread over 1, 2, 4, ... CPU devices, up to one per core that this
+process may use, or as many as `--devices` asks for. The number is fixed when JAX starts, so each
+has a process of its own; all are there at once, and run in turn.
+
+`--against`: `train` of these scripts and of those in another folder, in one process.
+
+`--purejaxrl`: PPO-clip of these scripts and PureJaxRL's in one process, with the same networks and
+hyperparameters; benchmarks/purejaxrl.py says what is changed in it, in memory.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import importlib.util
+import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,6 +58,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import ppo_discrete
+
 SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_penalty", "trpo"]
 SB3_ITERATIONS = 1  # rollouts and updates of Stable-Baselines3 per turn
 SETTINGS = {  # name: (seeds, environments, steps, updates)
@@ -50,6 +68,9 @@ SETTINGS = {  # name: (seeds, environments, steps, updates)
     "2048 x 10": (1, 2048, 10, 3),
     "16 seeds of 4 x 128": (16, 4, 128, 6),
 }
+SEEDS_ON_DEVICES = {8: 20, 16: 10, 64: 3}  # of 4 x 128: updates
+TABLES = {"bare": 30, "sizes": 3, "devices": 10}  # name: rounds
+ROUNDS = 30  # of the other two
 
 
 def bare_arithmetic(script, config, key):
@@ -57,7 +78,12 @@ def bare_arithmetic(script, config, key):
     is_trpo = script.__name__ == "trpo"
     env = script.make_env(config.env_id)
     obs_size = env.reset(jax.random.split(key, 1))[0].shape[-1]
-    actor = env.make_actor(config.hidden_sizes, config.activation)
+    space = env.action_space
+    if script.__name__ == "ppo_discrete":
+        space = space.n
+    elif script.__name__ == "ppo_continuous":
+        space = math.prod(space.shape)
+    actor = script.Actor(space, config.hidden_sizes, config.activation)
     critic = script.Critic(config.hidden_sizes, config.activation)
     rollout_key, key = jax.random.split(key)
     shape = (config.num_steps, config.num_envs)
@@ -121,12 +147,39 @@ def bare_arithmetic(script, config, key):
     return jax.lax.scan(update, carry, None, config.num_updates)[0]
 
 
-def compiled(function, config, keys):
+def compiled(function, config, keys, transform=lambda f: jax.jit(jax.vmap(f))):
     """The program for these seeds, and the seconds its compilation took."""
-    lowered = jax.jit(jax.vmap(functools.partial(function, config))).lower(keys)
+    lowered = transform(functools.partial(function, config)).lower(keys)
     start = time.perf_counter()
     program = lowered.compile()
     return program, time.perf_counter() - start
+
+
+def seed_keys(number):
+    return jax.vmap(jax.random.key)(jnp.arange(number))
+
+
+def configured(script, setting, **values):
+    """The default configuration with the sizes of a setting, and the number of seeds."""
+    num_seeds, num_envs, num_steps, num_updates = setting
+    steps = num_updates * num_envs * num_steps
+    sizes = dict(num_envs=num_envs, num_steps=num_steps, total_timesteps=steps)
+    return script.Config(**sizes, **values), num_seeds
+
+
+def in_turn(rounds, first, second):
+    """Seconds of both functions, each [rounds]; who begins alternates. The first runs warm up."""
+    first(), second()
+    times = [], []
+    for i in range(rounds):
+        for which in (0, 1) if i % 2 == 0 else (1, 0):
+            times[which].append((first, second)[which]())
+    return times
+
+
+def quartiles(ratios):
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def seconds_of(program, *arguments):
@@ -136,7 +189,7 @@ def seconds_of(program, *arguments):
 
 
 def baseline_run(script, config):
-    """The same training by Stable-Baselines3 or sb3-contrib, or None without such a thing.
+    """The same run by Stable-Baselines3 or sb3-contrib, or None without such a thing.
 
     Returns a function that trains for SB3_ITERATIONS rollouts. Its vectorised environment is
     Gymnasium's of the same name; observations and rewards are normalised as the script does.
@@ -151,7 +204,7 @@ def baseline_run(script, config):
     env = VecNormalize(make_vec_env(config.env_id, config.num_envs), gamma=config.gamma)
     options = dict(
         n_steps=config.num_steps,
-        batch_size=config.minibatch_size,
+        batch_size=config.batch_size // config.num_minibatches,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
         learning_rate=config.learning_rate,  # of the critic in TRPO
@@ -181,14 +234,9 @@ def against_bare_arithmetic(scripts, rounds, activation):
     print("| script | setting | steps/s | bare arithmetic | ratio | compile | Stable-Baselines3 |")
     print("|---|---|---|---|---|---|---|")
     for script in map(importlib.import_module, scripts):
-        for name, (num_seeds, num_envs, num_steps, num_updates) in SETTINGS.items():
-            config = script.Config(
-                num_envs=num_envs,
-                num_steps=num_steps,
-                total_timesteps=num_updates * num_envs * num_steps,
-                activation=activation,
-            )
-            keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+        for name, setting in SETTINGS.items():
+            config, num_seeds = configured(script, setting, activation=activation)
+            keys = seed_keys(num_seeds)
             ours, compile_seconds = compiled(script.train, config, keys)
             bare, _ = compiled(functools.partial(bare_arithmetic, script), config, keys)
             comparable = num_seeds == 1 and activation == "tanh"  # as "MlpPolicy" has
@@ -200,15 +248,52 @@ def against_bare_arithmetic(scripts, rounds, activation):
                 times["bare"].append(seconds_of(bare, keys))
                 if other:
                     times["other"].append(seconds_of(other))
-            steps = num_seeds * config.num_updates * config.batch_size
-            low, ratio, high = np.percentile(np.divide(times["bare"], times["ours"]), [25, 50, 75])
+            steps = num_seeds * config.total_timesteps
             theirs = SB3_ITERATIONS * config.batch_size / np.median(times["other"] or [np.inf])
             print(
                 f"| `{script.__name__}` | {name} | {steps / np.median(times['ours']):,.0f} "
-                f"| {steps / np.median(times['bare']):,.0f} | {ratio:.2f} ({low:.2f}-{high:.2f}) "
+                f"| {steps / np.median(times['bare']):,.0f} "
+                f"| {quartiles(np.divide(times['bare'], times['ours']))} "
                 f"| {compile_seconds:.1f} s | {f'{theirs:,.0f}' if other else '-'} |",
                 flush=True,
             )
+
+
+def against_others(folder, scripts, rounds):
+    """The scripts of this repository (new) and those of the same names in `folder` (old)."""
+    print("| script | setting | steps/s, new | old | new / old | compile, new | old | weights |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in scripts:
+        new = importlib.import_module(name)
+        old = load(Path(folder) / f"{name}.py", f"old_{name}")
+        for setting_name, setting in SETTINGS.items():
+            programs, compile_seconds = {}, {new: [], old: []}
+            for script in (new, old, old, new):  # nobody's compiler is warmer
+                config, num_seeds = configured(script, setting)
+                keys = seed_keys(num_seeds)
+                programs[script], seconds = compiled(script.train, config, keys)
+                compile_seconds[script].append(seconds)
+            run = {s: functools.partial(seconds_of, programs[s], keys) for s in (new, old)}
+            times = in_turn(rounds, run[new], run[old])
+            weights = [ravel_pytree(programs[s](keys)[0].params)[0] for s in (new, old)]
+            same = "the same" if np.array_equal(*weights) else "others"
+            steps = num_seeds * config.total_timesteps
+            print(
+                f"| `{name}` | {setting_name} | {steps / np.median(times[0]):,.0f} "
+                f"| {steps / np.median(times[1]):,.0f} "
+                f"| {quartiles(np.divide(times[1], times[0]))} "
+                f"| {np.mean(compile_seconds[new]):.1f} s | {np.mean(compile_seconds[old]):.1f} s "
+                f"| {same} |",
+                flush=True,
+            )
+
+
+def load(path, name):
+    """A module by its path, under another name than its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def by_number(scripts, seeds, environments, rounds):
@@ -224,10 +309,8 @@ def by_number(scripts, seeds, environments, rounds):
         for name in scripts:
             script = importlib.import_module(name)
             num_updates = max(2, 256 // (num_seeds * num_envs))
-            config = script.Config(
-                num_envs=num_envs, num_steps=128, total_timesteps=num_updates * num_envs * 128
-            )
-            keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
+            config, _ = configured(script, (num_seeds, num_envs, 128, num_updates))
+            keys = seed_keys(num_seeds)
             program, compile_seconds = compiled(script.train, config, keys)
             seconds_of(program, keys)
             seconds = np.median([seconds_of(program, keys) for _ in range(rounds)])
@@ -256,28 +339,161 @@ def by_number(scripts, seeds, environments, rounds):
     figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=110)
 
 
+def usable_cores():
+    """The cores that this process may use, as the scripts count them; before JAX starts."""
+    before = jax.config.jax_num_cpu_devices
+    ppo_discrete.use_cores(0)  # no seeds divide over any number of devices
+    cores = jax.config.jax_num_cpu_devices
+    jax.config.update("jax_num_cpu_devices", before)
+    return max(cores, 1)
+
+
+def serve_runs(name, devices):
+    """Be one of the processes of `by_devices`: asked for a number of seeds, run, tell the seconds.
+
+    The first run of each number compiles and does not count."""
+    jax.config.update("jax_num_cpu_devices", devices)
+    script = importlib.import_module(name)
+    script.straight_threefry()
+    programs = {}
+    for line in sys.stdin:
+        number = int(line)
+        keys = jax.device_put(seed_keys(number), script.seed_axis())
+        if number not in programs:
+            config, _ = configured(script, (number, 4, 128, SEEDS_ON_DEVICES[number]))
+            programs[number], _ = compiled(script.train, config, keys, script.over_seeds)
+            seconds_of(programs[number], keys)
+        print(seconds_of(programs[number], keys), flush=True)
+
+
+def by_devices(scripts, counts, cores, rounds):
+    """Steps per second of seeds of 4 x 128 that are spread over several CPU devices."""
+    print(f"Steps per second of seeds of 4 x 128 on {cores} usable cores; in parentheses the speed")
+    print("against one device, and this divided by the number of devices.\n")
+    print("| script | devices |", " | ".join(f"{n} seeds" for n in SEEDS_ON_DEVICES), "|")
+    print("|---" * (len(SEEDS_ON_DEVICES) + 2) + "|")
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    flags = " ".join(flag for flag in flags if "device_count" not in flag)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    counts = list(dict.fromkeys([1, *counts]))  # one is what the others are compared with
+    for name in scripts:
+        with contextlib.ExitStack() as stack:
+            start = functools.partial(
+                subprocess.Popen,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+            command = [sys.executable, __file__, "--scripts", name, "--serve"]
+            processes = {n: stack.enter_context(start([*command, str(n)])) for n in counts}
+
+            def ask(devices, number, processes=processes):
+                print(number, file=processes[devices].stdin, flush=True)
+                return float(processes[devices].stdout.readline())
+
+            cells = {n: [] for n in counts}
+            for number, num_updates in SEEDS_ON_DEVICES.items():
+                able = [n for n in counts if number % n == 0]
+                for n in able:
+                    ask(n, number)
+                times = np.array([[ask(n, number) for n in able] for _ in range(rounds)])
+                speed = number * num_updates * 4 * 128 / np.median(times, axis=0)
+                gain = np.median(times[:, :1] / times, axis=0)
+                for i, n in enumerate(able):
+                    against = f" ({gain[i]:.2f} x; {gain[i] / n:.0%})" if n > 1 else ""
+                    cells[n].append(f"{speed[i]:,.0f}{against}")
+                for n in set(counts) - set(able):
+                    cells[n].append("-")
+            for process in processes.values():
+                process.stdin.close()  # ends it
+        for n, texts in cells.items():
+            forced = " (forced: more than cores)" if n > cores else ""
+            print(f"| `{name}` | {n}{forced} | {' | '.join(texts)} |", flush=True)
+
+
+def against_purejaxrl(folder, scripts, rounds):
+    """PPO-clip here and in PureJaxRL: the same networks, hyperparameters and environments."""
+    import purejaxrl
+
+    print("| script | setting | devices | steps/s | PureJaxRL | ratio | compile | PureJaxRL |")
+    print("|---|---|---|---|---|---|---|---|")
+    devices, rows = jax.device_count(), []
+    for name in scripts:  # theirs first, while Threefry is compiled as JAX has it
+        script = importlib.import_module(name)
+        for setting_name, setting in SETTINGS.items():
+            config, num_seeds = configured(script, setting, **purejaxrl.OURS[name])
+            theirs = compiled(purejaxrl.load_train(folder, name), config, seed_keys(num_seeds))
+            rows.append((script, setting_name, config, num_seeds, theirs))
+    ppo_discrete.straight_threefry()
+    for script, setting_name, config, num_seeds, (theirs, their_seconds) in rows:
+        keys = seed_keys(num_seeds)
+        spread = num_seeds > 1 and devices > 1 and num_seeds % devices == 0
+        for over in (1, devices) if spread else (1,):
+            options = [script.over_seeds] if over > 1 else []
+            ours, our_seconds = compiled(script.train, config, keys, *options)
+            our_keys = jax.device_put(keys, script.seed_axis()) if over > 1 else keys
+            times = in_turn(
+                rounds,
+                functools.partial(seconds_of, ours, our_keys),
+                functools.partial(seconds_of, theirs, keys),
+            )
+            steps = num_seeds * config.total_timesteps
+            print(
+                f"| `{script.__name__}` | {setting_name} | {over} "
+                f"| {steps / np.median(times[0]):,.0f} | {steps / np.median(times[1]):,.0f} "
+                f"| {quartiles(np.divide(times[1], times[0]))} "
+                f"| {our_seconds:.1f} s | {their_seconds:.1f} s |",
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
-    parser.add_argument("--tables", nargs="+", default=["bare", "sizes"], choices=["bare", "sizes"])
+    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
+    parser.add_argument("--against", metavar="PATH", help="this instead: a folder of other scripts")
+    parser.add_argument("--purejaxrl", metavar="PATH", help="this instead: a checkout of it")
     parser.add_argument(
-        "--activation", default="tanh", choices=["tanh", "relu"], help="of the first table"
+        "--activation", default="tanh", choices=["tanh", "relu"], help="of the table `bare`"
     )
-    numbers = dict(nargs="+", type=int, help="of the second table")
+    numbers = dict(nargs="+", type=int, help="of the table `sizes`")
     parser.add_argument("--seeds", default=[1, 8, 64, 512, 2048], **numbers)
     parser.add_argument("--environments", default=[4, 64, 512, 2048], **numbers)
     parser.add_argument(
-        "--rounds", type=int, help="runs of each program per setting [default: 30 and 3]"
+        "--devices", nargs="+", type=int, help="of the table `devices` [default: up to the cores]"
     )
+    rounds_help = f"runs of each program per setting [default: {TABLES}, otherwise {ROUNDS}]"
+    parser.add_argument("--rounds", type=int, help=rounds_help)
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.serve:
+        serve_runs(*arguments.scripts, arguments.serve)
+        return
+    cores = usable_cores()
+    if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", cores if arguments.purejaxrl else 1)
+    rounds = lambda table: arguments.rounds or TABLES.get(table, ROUNDS)
     device = jax.devices()[0].device_kind
-    print(f"{time.strftime('%Y-%m-%d')}, {device}, {os.cpu_count()} cores, {platform.machine()},")
+    print(f"{time.strftime('%Y-%m-%d')}, {device}, {cores} cores, {platform.machine()},")
     print(f"Python {platform.python_version()}, jax {jax.__version__}\n")
-    if "bare" in arguments.tables:
-        against_bare_arithmetic(arguments.scripts, arguments.rounds or 30, arguments.activation)
+    if arguments.purejaxrl:
+        able = [name for name in arguments.scripts if name in ("ppo_discrete", "ppo_continuous")]
+        against_purejaxrl(arguments.purejaxrl, able, rounds("purejaxrl"))
+        return
+    ppo_discrete.straight_threefry()
+    if arguments.against:
+        against_others(arguments.against, arguments.scripts, rounds("against"))
+        return
+    for table in arguments.tables:
+        if table == "bare":
+            against_bare_arithmetic(arguments.scripts, rounds(table), arguments.activation)
+        elif table == "sizes":
+            by_number(arguments.scripts, arguments.seeds, arguments.environments, rounds(table))
+        else:
+            doublings = [2**i for i in range(cores.bit_length()) if 2**i < cores] + [cores]
+            by_devices(arguments.scripts, arguments.devices or doublings, cores, rounds(table))
         print()
-    if "sizes" in arguments.tables:
-        by_number(arguments.scripts, arguments.seeds, arguments.environments, arguments.rounds or 3)
 
 
 if __name__ == "__main__":

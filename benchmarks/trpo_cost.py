@@ -30,7 +30,7 @@ import trpo
 def policy_parts(config):
     """name -> function without arguments, on B = config.batch_size random CartPole states."""
     env = trpo.make_env(config.env_id)
-    actor = env.make_actor(config.hidden_sizes, config.activation)
+    actor = trpo.Actor(env.action_space, config.hidden_sizes, config.activation)
     keys = jax.random.split(jax.random.key(0), 4)
     obs = jax.random.normal(keys[0], (config.batch_size, 4))
     theta, unravel = ravel_pytree(actor.init(keys[1], obs))
@@ -84,7 +84,7 @@ def policy_parts(config):
 
 
 def one_update(script, config):
-    """A function without arguments that makes the second update of a training."""
+    """A function without arguments that makes the second update of a run."""
     init, update = script.make_train(config)
     state, _ = jax.jit(update)(jax.jit(init)(jax.random.key(0)), None)
     return functools.partial(jax.jit(update), state, None)
@@ -94,6 +94,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
+    trpo.straight_threefry()  # as on the command line
     config = trpo.Config()
     ppo = ppo_discrete.Config(num_steps=config.num_steps, num_envs=config.num_envs)
     parts = policy_parts(config)

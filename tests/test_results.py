@@ -1,12 +1,18 @@
-"""The README's tables are those of the stored results, and these of the scripts' defaults."""
+"""The tables in docs/results.md are those of the stored results, these of the scripts' defaults."""
 
+import dataclasses
+import re
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import learning  # noqa: E402
+import learning
+
+import ppo_discrete
 
 
 def test_every_result_was_made_with_the_current_configuration():
@@ -35,7 +41,43 @@ def test_a_result_of_another_configuration_counts_as_missing(tmp_path, monkeypat
     assert learning.cell_text(*cell, 10) == ""
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert f"<!-- results -->\n{learning.results_table()}\n<!-- end of results -->" in readme
-    assert f"<!-- ablations -->\n{learning.ablation_table()}\n<!-- end of ablations -->" in readme
+def test_a_result_that_was_not_written_to_its_end_counts_as_missing(tmp_path, monkeypatch):
+    path = tmp_path / "cell.csv"
+    config = learning.configuration("trpo", "CartPole-v1", 50_000, 10)
+    killed = lambda *_: 1 / 0
+    monkeypatch.setattr(learning.Path, "replace", killed)
+    with pytest.raises(ZeroDivisionError):
+        learning.write_scores(path, config, [1.0, 3.0], 5, 100)
+    assert not learning.is_current(path, config)
+
+
+def test_a_run_of_the_command_line_is_a_result_of_its_configuration(tmp_path, monkeypatch):
+    def run(command, cwd, check):
+        assert command[2:] == "--env-id CartPole-v1 --total-timesteps 50000 --num-seeds 2".split()
+        monkeypatch.chdir(cwd)
+        run_dir = Path(cwd, ppo_discrete.create_run(config))
+        (run_dir / "evaluation.csv").write_text(
+            "seed,episode,episodic_return,episodic_length\n0,0,1,1\n0,1,2,1\n1,0,3,1\n1,1,5,1\n"
+        )
+        (run_dir / "metrics.csv").write_text(
+            "seed,update,env_step,episodic_return\n0,1,64,\n1,1,64,7\n0,2,128,8\n1,2,128,9\n"
+        )
+
+    cell = "ppo_discrete", "CartPole-v1", 50_000
+    config = dataclasses.replace(ppo_discrete.default_config(), total_timesteps=50_000, num_seeds=2)
+    monkeypatch.setattr(learning.subprocess, "run", run)
+    here = Path.cwd()
+    learning.run_cell(*cell, 2, tmp_path)
+    monkeypatch.chdir(here)
+    path = learning.result_path(*cell, tmp_path)
+    assert learning.is_current(path, learning.configuration(*cell, 2))
+    assert learning.read_scores(path).tolist() == [1.5, 4.0]
+    assert path.with_suffix(".curve.csv").read_text() == "env_step,0,1\n64,,7\n128,8,9\n"
+
+
+def test_the_tables_of_the_document_are_those_of_the_results():
+    text = learning.DOCUMENT.read_text()
+    assert f"<!-- results -->\n{learning.results_table()}\n<!-- end of results -->" in text
+    assert f"<!-- ablations -->\n{learning.ablation_table()}\n<!-- end of ablations -->" in text
+    links = re.findall(r"\]\((\.\./[^)#]+)", text)
+    assert links and all((learning.DOCUMENT.parent / link).exists() for link in links)
