@@ -416,12 +416,12 @@ def make_train(config, env=None):
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         batch = dict(obs=obs, action=rollout.action, old_log_prob=rollout.log_prob)
         batch |= dict(old_value=value, advantage=advantage, target=target)
-        batch = jax.tree.map(flatten, batch)
+        take = make_take(jax.tree.map(flatten, batch))
         indices = shuffled_indices(shuffle_key, config)  # [K · num_minibatches, M]
 
         def gradient_step(carry, indices):
             params, opt_state = carry
-            minibatch = jax.tree.map(lambda x: x[indices], batch)  # [M, ...]
+            minibatch = take(indices)  # [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
             return (optax.apply_updates(params, change), opt_state), metrics
@@ -491,7 +491,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 import contextlib
 import difflib
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -611,6 +611,18 @@ def shuffled_indices(key, config):
     return order.astype(jnp.int32).reshape(config.update_epochs * config.num_minibatches, -1)
 
 
+def make_take(batch):
+    """The function that takes the transitions `indices` [M] of a batch of [B, ...] arrays.
+
+    The batch is copied into one matrix, a transition per row, so that a minibatch costs one gather
+    instead of one per array: 7 % of all training time. Whole numbers lie in it as floats, exact up
+    to 2^24; `unravel` gives each its type back.
+    """
+    rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, columns]
+    _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
+    return lambda indices: jax.vmap(unravel)(rows[indices])
+
+
 class Environment(NamedTuple):
     """What the algorithm needs of N environments side by side."""
 
@@ -626,14 +638,18 @@ def make_env(env_id: str) -> Environment:
     """A gymnax environment by its name, or `module:name`: a module, which may lie in the current
     folder, that defines `make(name) -> Environment` or has registered `name` with gymnax."""
     module, _, name = env_id.rpartition(":")
-    if module:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        if importlib.util.find_spec(module) is None:
-            raise Failure(f"there is no module {module!r}, neither here nor installed")
-        module = importlib.import_module(module)
-    env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
-    if not hasattr(env.action_space, "n"):
+    if module and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = module and importlib.import_module(module)
+        env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
+    except ModuleNotFoundError as error:
+        if not f"{env_id}.".startswith((f"{error.name}.", f"{error.name}:")):
+            raise  # something that the module imports
+        raise Failure(f"there is no module {error.name!r}, neither here nor installed") from None
+    except OSError as error:  # the user's: not of writing a run
+        raise RuntimeError(f"{env_id} cannot be made") from error
+    if not hasattr(getattr(env, "action_space", None), "n"):
         raise Failure(f"{env_id} has no discrete actions: use ppo_continuous.py")
     return env
 
@@ -754,7 +770,7 @@ def join_processes() -> None:
 
 def brief(error: Exception) -> str:
     """The first line of what JAX or Orbax may say in fifty."""
-    return (str(error) or repr(error)).strip().splitlines()[0][:300]
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
 def exchange(value: Any) -> list:

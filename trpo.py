@@ -631,7 +631,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 import contextlib
 import difflib
-import importlib.util
+import importlib
 import json
 import logging
 import os
@@ -770,14 +770,19 @@ def make_env(env_id: str) -> Environment:
     """A gymnax environment by its name, or `module:name`: a module, which may lie in the current
     folder, that defines `make(name) -> Environment` or has registered `name` with gymnax."""
     module, _, name = env_id.rpartition(":")
-    if module:
-        if os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-        if importlib.util.find_spec(module) is None:
-            raise Failure(f"there is no module {module!r}, neither here nor installed")
-        module = importlib.import_module(module)
-    env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
-    if not hasattr(env.action_space, "n") and not hasattr(env.action_space, "low"):
+    if module and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = module and importlib.import_module(module)
+        env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
+    except ModuleNotFoundError as error:
+        if not f"{env_id}.".startswith((f"{error.name}.", f"{error.name}:")):
+            raise  # something that the module imports
+        raise Failure(f"there is no module {error.name!r}, neither here nor installed") from None
+    except OSError as error:  # the user's: not of writing a run
+        raise RuntimeError(f"{env_id} cannot be made") from error
+    space = getattr(env, "action_space", None)
+    if not hasattr(space, "n") and not hasattr(space, "low"):
         raise Failure(f"{env_id} has actions that are neither discrete nor a box: not supported")
     return env
 
@@ -898,7 +903,7 @@ def join_processes() -> None:
 
 def brief(error: Exception) -> str:
     """The first line of what JAX or Orbax may say in fifty."""
-    return (str(error) or repr(error)).strip().splitlines()[0][:300]
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
 
 
 def exchange(value: Any) -> list:

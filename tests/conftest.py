@@ -21,12 +21,12 @@ QUICK_FLAGS = "".join(f" --{name}={value}" for name, value in QUICKLY.items())
 USERS_FLAGS = os.environ.get("XLA_FLAGS", "").removesuffix(QUICK_FLAGS)
 os.environ["XLA_FLAGS"] = USERS_FLAGS + QUICK_FLAGS
 
-import gymnax  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import pytest  # noqa: E402
-from flax import struct  # noqa: E402
-from gymnax.environments import environment, spaces  # noqa: E402
+import gymnax
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import struct
+from gymnax.environments import environment, spaces
 
 
 @struct.dataclass

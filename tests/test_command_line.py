@@ -10,8 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
@@ -152,6 +155,7 @@ def test_outputs(uninterrupted, script):
     assert "compiled in" in output and "95 % bootstrap interval" in output
     config = json.loads((run_dir / "config.json").read_text())
     assert config["script"] == script and config["num_envs"] == 4
+    assert config["format"] == 2 and not {"resume", "distributed"} & config.keys()
 
     rows = rows_of(run_dir / "metrics.csv")
     assert [(row["seed"], row["update"], row["env_step"]) for row in rows] == [
@@ -192,9 +196,8 @@ def test_the_learning_curve_where_few_episodes_end(tmp_path, monkeypatch):
     rows = ["seed,env_step,episodic_return", "0,64,1", "1,64,3", "0,128,", "1,128,", "0,192,5"]
     (tmp_path / "metrics.csv").write_text("\n".join([*rows, "1,192,"]) + "\n")
     figures = []
-    monkeypatch.setattr(
-        ppo_discrete.Figure, "savefig", lambda figure, *_, **__: figures.append(figure)
-    )
+    keep = lambda figure, *_, **__: figures.append(figure)
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     ppo_discrete.plot_learning_curve(tmp_path, ppo_discrete.Config(num_seeds=2))
     (axes,) = figures[0].axes
     mean = axes.lines[-1]
@@ -202,6 +205,20 @@ def test_the_learning_curve_where_few_episodes_end(tmp_path, monkeypatch):
     # Student's t of two seeds, 12.706, times their standard error, 1; one seed has no interval.
     ((band,),) = [collection.get_paths() for collection in axes.collections]
     np.testing.assert_allclose(band.get_extents().get_points(), [[64, -10.706], [64, 14.706]], 1e-4)
+
+
+def every_time(path, seconds):
+    """Let a copy of a script write checkpoints at this distance."""
+    text = path.read_text()
+    changed = text.replace("\nCHECKPOINT_SECONDS = 30", f"\nCHECKPOINT_SECONDS = {seconds}")
+    assert changed != text
+    path.write_text(changed)
+
+
+def checkpoints_of(run_dir):
+    """The updates of the complete ones."""
+    folder = run_dir / "checkpoints"
+    return [int(x.name) for x in folder.glob("*") if x.name.isdigit()]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +236,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 ):
     if number == signal.SIGKILL:  # write checkpoints all the time, so that it hits one of them
         path = tmp_path / f"{script}.py"
-        often = path.read_text().replace("CHECKPOINT_SECONDS = 30", "CHECKPOINT_SECONDS = 0")
-        path.write_text(often)
+        every_time(path, 0)
     process = start(*LONG)
     run_dir = wait_for_run(tmp_path, process)
     wait_for_update(run_dir, 300, process)
@@ -234,7 +250,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert (run_dir / "learning_curve.png").exists()
         assert "stopping after this segment" in errors and "Traceback" not in errors
     assert len(rows_of(run_dir / "metrics.csv")) < 2 * UPDATES, "it was not interrupted"
-    assert not (run_dir / "checkpoints" / "0").exists(), "no later checkpoint was written"
+    assert len(checkpoints_of(run_dir)) >= 1, "no checkpoint was written"
 
     code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
     assert code == 0, errors
@@ -243,13 +259,14 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert (run_dir / name).read_bytes() == expected
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(start, run, tmp_path, uninterrupted):
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(start, run, tmp_path, uninterrupted):
+    every_time(tmp_path / "ppo_discrete.py", 3000)
     process = start(*LONG)
     run_dir = wait_for_run(tmp_path, process)
     wait_for_update(run_dir, 60, process)
     process.kill()
     process.communicate()
-    assert (run_dir / "checkpoints" / "0").exists() and (run_dir / "metrics.csv").stat().st_size
+    assert (run_dir / "metrics.csv").stat().st_size and not checkpoints_of(run_dir)
     code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
     assert code == 0, errors
     for name in ("metrics.csv", "evaluation.csv"):
@@ -262,31 +279,91 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
         *QUICK, "--total-timesteps", 6400, "--learning-rate", 1e38, "--max-grad-norm", 1e38
     )
     assert code == 1
-    assert re.search(r"the (policy|value)_loss of seed \d is not finite in update \d+", errors)
-    assert "Traceback" not in errors
-    checkpoints = [path.name for path in (only_run(tmp_path) / "checkpoints").iterdir()]
-    assert checkpoints == ["0"]
+    found = re.search(r"error: a (loss|weight) of seed \d in update (\d+) is not finite", errors)
+    assert found and "try a lower --learning-rate" in errors and "Traceback" not in errors
+    # The rows that show it are there, and no checkpoint is.
+    rows = rows_of(only_run(tmp_path) / "metrics.csv")
+    assert int(rows[-1]["update"]) >= int(found[2]) and checkpoints_of(only_run(tmp_path)) == []
 
 
 def test_the_first_value_that_is_not_finite_is_named():
-    config = ppo_discrete.Config(seed=10)
-    fine, weights = np.ones((3, 4)), np.array([True, True, True])
-    losses = {"value_loss": fine.copy(), "cg_residual": fine.copy(), "kl": fine * np.nan}
-    ppo_discrete.check_finite(config, 20, losses, weights)
-    losses["value_loss"][0, 3] = np.nan
-    losses["cg_residual"][2, 1] = np.inf
-    with pytest.raises(FloatingPointError, match=r"the cg_residual of seed 12 .* in update 22$"):
-        ppo_discrete.check_finite(config, 20, losses, weights)
-    with pytest.raises(FloatingPointError, match=r"the weights of seed 11 .* after update 24$"):
-        ppo_discrete.check_finite(config, 20, {"value_loss": fine}, weights & [True, False, True])
+    # The causes are of observations, rewards, losses and weights, in this order.
+    names = ["an observation", "a reward", "a loss", "a weight"]
+
+    def train(*broken):
+        """Five updates after the 20th, of three seeds from 10 on; where something is broken."""
+        finite = np.ones((3, 5, 4), bool)
+        for place in broken:
+            finite[place] = False
+        config = ppo_discrete.Config(seed=10, num_seeds=3, total_timesteps=2048 * 25)
+        rows, saved = [], []
+        run = SimpleNamespace(config=config, done=20, state="before")
+        run.append, run.save = rows.append, lambda force: saved.append((run.done, force))
+        metrics = {"episodic_return": np.full((3, 5), np.nan)}  # may be NaN
+        try:
+            end = ppo_discrete.train_in_segments(run, lambda _: ("after", (metrics, finite)), 5)
+        finally:
+            assert len(rows) == 1 and saved == ([] if broken else [(25, True)])
+        assert (end, run.done, run.state) == (0, 25, "after")
+
+    train()
+    for cause, name in enumerate(names):
+        message = rf"{name} of seed 12 in update 23 is not finite, .*metrics\.csv"
+        with pytest.raises(ppo_discrete.Failure, match=message) as failure:
+            train((2, 2, cause))
+        assert failure.value.code == 1
+    # The earliest update counts, of one update the first seed, of this one the first cause.
+    for broken, message in [
+        ([(0, 3, 0), (2, 1, 3)], "a weight of seed 12 in update 22 "),
+        ([(1, 3, 0), (0, 3, 2)], "a loss of seed 10 in update 24 "),
+        ([(1, 0, 3), (1, 0, 1)], "a reward of seed 11 in update 21 "),
+    ]:
+        with pytest.raises(ppo_discrete.Failure, match=message):
+            train(*broken)
+
+
+def test_what_is_not_finite_is_found(keys, monkeypatch):
+    # In the second of two seeds, in the place where it is.
+    config = ppo_discrete.Config(num_envs=4, num_steps=16, hidden_sizes=(8,), total_timesteps=128)
+    init, update = ppo_discrete.make_train(config)
+
+    def finite(update=update, **change):
+        states = jax.jit(jax.vmap(init))(keys(jax.device_count() * 2))
+        run_segment, length = ppo_discrete.compile_segment(config, update, states)
+        assert length == 1
+        return np.asarray(run_segment(states)[1][1])[:, 0]  # [seeds, causes]
+
+    def broken(change):
+        def wrong(state, _):
+            new, metrics = update(state, None)
+            return change(new, metrics, jax.random.key_data(state.key)[-1])
+
+        return finite(wrong)
+
+    assert finite().all()
+    second = jax.jit(jax.vmap(init))(keys(2)).key[1]
+    mark = int(jax.random.key_data(second)[-1])
+    nan = lambda x, word: jax.numpy.where(word == mark, np.nan, x)
+    changes = [
+        lambda s, m, word: (s._replace(obs=nan(s.obs, word)), m),
+        lambda s, m, word: (
+            s._replace(episode=s.episode._replace(discounted=nan(s.episode.discounted, word))),
+            m,
+        ),
+        lambda s, m, word: (s, m | {"approx_kl": nan(m["approx_kl"], word)}),
+        lambda s, m, word: (s._replace(params=jax.tree.map(lambda x: nan(x, word), s.params)), m),
+    ]
+    for cause, change in enumerate(changes):
+        expected = np.ones((jax.device_count() * 2, 4), bool)
+        expected[1, cause] = False
+        np.testing.assert_array_equal(broken(change), expected)
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(time, "time", lambda: 59.9)
     for second in ("000059", "000100"):
-        run_dir, checkpoints, _, _ = ppo_discrete.open_run(ppo_discrete.Config(), None)
-        checkpoints.close()
+        run_dir = Path(ppo_discrete.create_run(ppo_discrete.Config()))
         assert run_dir.name == f"CartPole-v1__ppo_discrete__0__19700101-{second}"
         assert (run_dir / "config.json").exists()
 
@@ -294,14 +371,15 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
 BAD = {
     "unknown environment": (["--env-id", "cartpole"], "did you mean CartPole-v1"),
     "continuous actions": (["--env-id", "Pendulum-v1"], "use ppo_continuous.py"),
+    "missing module": (["--env-id", "no.such:thing"], "there is no module 'no.such'"),
     "not divisible": (["--num-minibatches", 3], "num_minibatches = 3"),
-    "zero": (["--num-envs", 0], "num_envs must be finite and positive"),
-    "negative": (["--learning-rate", -1], "learning_rate must be finite and positive"),
-    "not finite": (["--ent-coef", "nan"], "ent_coef must be finite"),
-    "too few steps": (["--total-timesteps", 10], "less than one rollout"),
+    "zero": (["--num-envs", 0], "num_envs must be from more than 0"),
+    "negative": (["--learning-rate", -1], "learning_rate must be from more than 0"),
+    "not finite": (["--ent-coef", "nan"], "ent_coef must be from 0 to"),
+    "too few steps": (["--total-timesteps", 10], "total_timesteps must be at least"),
     "unknown flag": (["--lerning-rate", 1], "--learning-rate"),
-    "missing run": (["--resume", "nowhere"], "cannot continue from nowhere/config.json"),
-    "empty run": (["--resume", ""], "--resume needs the directory of a run"),
+    "missing run": (["--resume", "nowhere"], "nowhere has no configuration of a run"),
+    "empty run": (["--resume", ""], "has no configuration of a run"),
 }
 
 
@@ -312,7 +390,10 @@ def is_refused(code, text, message):
 
 @pytest.fixture
 def main_refuses(tmp_path, monkeypatch, capsys):
-    """Call `main` here, which costs less than a subprocess."""
+    """Call `main` here, which costs less than a subprocess, without its effects on JAX."""
+    monkeypatch.setattr(ppo_discrete, "straight_threefry", lambda: None)
+    monkeypatch.setattr(ppo_discrete, "use_cores", lambda _: None)
+    monkeypatch.setattr(sys, "path", [*sys.path])
 
     def refuses(message, *arguments):
         monkeypatch.chdir(tmp_path)
@@ -343,37 +424,43 @@ def test_bad_input_of_a_user(case, run, tmp_path):
 def test_bad_run_directories(uninterrupted, main_refuses, tmp_path, script):
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted(script)[0], run_dir)
-    before = (run_dir / "metrics.csv").read_bytes()
+    metrics, config = run_dir / "metrics.csv", run_dir / "config.json"
+    before, stored = metrics.read_bytes(), config.read_text()
 
-    def refused(message, *arguments):
+    def refused(message, *arguments, written=None):
+        config.write_text(stored if written is None else written)
+        now = metrics.read_bytes()
         main_refuses(message, "--resume", run_dir, *arguments)
-        assert (run_dir / "metrics.csv").read_bytes() == before
+        assert metrics.read_bytes() == now
 
     refused("was started with learning_rate", "--learning-rate", 0.5)
-    config = (run_dir / "config.json").read_text()
-    (run_dir / "config.json").write_text(config.replace(script, "other"))
-    refused("this is a run of other.py")
-    (run_dir / "config.json").write_text(config.replace("num_envs", "number"))
-    refused("cannot continue from")
-    (run_dir / "config.json").write_text("[]")
-    refused("cannot continue from")
+    refused("other.py", written=stored.replace(f'"{script}"', '"other"'))
+    refused("format 1", written=stored.replace('"format": 2,', ""))  # the first edition
+    refused("no configuration of a run", written=stored.replace("num_envs", "number"))
+    refused("no configuration of a run", written="[]")
+    refused("no configuration of a run", written=stored[:-20])
+    refused("config.json lacks", written=re.sub(r'\n *"num_envs": \d+,', "", stored))
+    refused("num_envs must be", written=stored.replace('"num_envs": 4', '"num_envs": 0'))
     # Another network than the checkpoint's.
-    wider = config.replace('"hidden_sizes": [\n    8', '"hidden_sizes": [\n    9')
-    (run_dir / "config.json").write_text(wider)
-    refused("missing or damaged")
-    (run_dir / "config.json").write_text(config)
+    wider = stored.replace('"hidden_sizes": [\n    8', '"hidden_sizes": [\n    9')
+    assert wider != stored
+    refused("not this run's", written=wider)
+    # Rows that the checkpoint does not know, a row too few, another number.
+    metrics.write_bytes(before[:-10])
+    refused("changed since the checkpoint")
+    metrics.write_bytes(before.replace(b"\n3,1,64,", b"\n3,1,65,"))
+    refused("changed since the checkpoint")
+    metrics.write_bytes(before)
     for path in (run_dir / "checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    refused("missing or damaged")
-    shutil.rmtree(run_dir / "checkpoints")
-    refused("missing or damaged: none was written; start anew")
+    refused("is damaged")
 
 
 def test_an_unwritable_folder(run, tmp_path):
     (tmp_path / "runs").write_text("a file where the folder should be")
     code, _, errors = run(*QUICK)
-    assert code == 2 and "cannot write to" in errors and "Traceback" not in errors
+    assert code == 2 and "error: cannot write: " in errors and "Traceback" not in errors
 
 
 def test_a_full_disk(start, tmp_path):
@@ -381,8 +468,8 @@ def test_a_full_disk(start, tmp_path):
     process = start(*LONG, before=["sh", "-c", 'ulimit -f 80; exec "$@"', "sh"])
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2 and "Traceback" not in errors
-    assert "error: cannot write: [Errno 27] File too large" in errors and "--resume" in errors
-    assert (only_run(tmp_path) / "checkpoints" / "0").exists()
+    assert "error: cannot write: [Errno 27] File too large" in errors
+    assert (only_run(tmp_path) / "metrics.csv").stat().st_size <= 80 * 512
 
 
 def readme_block(name):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import chex
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ import numpy as np
 import pytest
 import scipy.stats
 from conftest import ContinuousProbe
+from gymnax.environments import spaces
 
 import ppo_continuous
-from ppo_continuous import Config, DiagGaussian, bound_action, make_train, train
+import trpo
+from ppo_continuous import Config, bound_action, make_train, train
+from trpo import DiagGaussian  # that of ppo_continuous, and `kl` (test_shared_code.py)
 
 SMALL = Config(num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16, hidden_sizes=(8, 8))
 
@@ -78,6 +82,19 @@ def test_gaussian_kl():
         np.testing.assert_allclose(jax.tree.leaves(flat), 0, atol=1e-14)
 
 
+def test_gaussian_gradients():
+    with jax.enable_x64(True):
+        mean, log_std, action = random((5, 3)), 0.5 * random((5, 3), 1), random((5, 3), 2)
+        other = DiagGaussian(jnp.asarray(random((5, 3), 3)), jnp.asarray(0.3 * random((5, 3), 4)))
+        for function in (
+            lambda *p: DiagGaussian(*p).log_prob(action).sum(),
+            lambda *p: DiagGaussian(*p).entropy().sum(),
+            lambda *p: DiagGaussian(*p).kl(other).sum(),
+            lambda *p: other.kl(DiagGaussian(*p)).sum(),
+        ):
+            chex.assert_numerical_grads(function, (jnp.asarray(mean), jnp.asarray(log_std)), 2)
+
+
 def test_gaussian_samples():
     policy = DiagGaussian(jnp.array([1.0, -2.0]), jnp.log(jnp.array([0.5, 3.0])))
     x = jax.vmap(policy.sample)(jax.random.split(jax.random.key(0), 20_000))
@@ -88,16 +105,31 @@ def test_gaussian_samples():
 # ---- The bounds ----
 
 
-def test_bound_action():
+@pytest.mark.parametrize("script", [ppo_continuous, trpo])
+def test_bound_action(script):
     low = jnp.array([-2.0, 0.0, -jnp.inf, 100.0, -3.4e38])
     high = jnp.array([2.0, 10.0, jnp.inf, jnp.inf, 3.4e38])
-    bound = lambda x: bound_action(jnp.full(5, x), low, high)
-    np.testing.assert_allclose(bound(0.0), [0, 5, 0, 101, 0])
-    np.testing.assert_allclose(bound(0.5), [1, 7.5, 0.5, 101.5, 0.5])
-    np.testing.assert_allclose(bound(7.0), [2, 10, 7, 108, 7])
-    np.testing.assert_allclose(bound(-7.0), [-2, 0, -7, 100, -7])
-    upper = bound_action(jnp.array([-7.0, 0.0, 7.0]), jnp.array(-jnp.inf), jnp.array(5.0))
-    np.testing.assert_allclose(upper, [-3, 4, 5])
+    space = spaces.Box(low, high, (5,))
+    action = jnp.array([0.0, 0.5, 7.0, -7.0])[:, None] * jnp.ones(5)  # [N, A]
+    expected = [
+        [0, 5, 0, 101, 0],
+        [1, 7.5, 0.5, 101.5, 0.5],
+        [2, 10, 7, 108, 7],
+        [-2, 0, -7, 100, -7],
+    ]
+    np.testing.assert_allclose(script.bound_action(action, space), expected)
+    # One number may stand for the bounds of all dimensions, which may have any shape.
+    upper = script.bound_action(jnp.array([[-7.0], [0.0], [7.0]]), spaces.Box(-jnp.inf, 5.0, (1,)))
+    np.testing.assert_allclose(upper, [[-3], [4], [5]])
+    number = script.bound_action(jnp.array([[-7.0], [0.0]]), spaces.Box(2.0, 6.0, ()))
+    np.testing.assert_allclose(number, [2, 4])
+    table = script.bound_action(jnp.arange(12.0).reshape(2, 6) / 4 - 1, spaces.Box(-4, 4, (2, 3)))
+    np.testing.assert_allclose(table, [[[-4, -3, -2], [-1, 0, 1]], [[2, 3, 4], [4, 4, 4]]])
+
+
+def test_discrete_actions_have_no_bounds():
+    action = jnp.array([0, 3, 2])
+    assert trpo.bound_action(action, spaces.Discrete(4)) is action
 
 
 def test_the_first_ratio_is_one(keys):
@@ -112,7 +144,7 @@ def test_the_first_ratio_is_one(keys):
 def test_the_rollout_stores_the_raw_action_and_its_density(keys, monkeypatch):
     rollout = []
     original = ppo_continuous.Transition
-    record = lambda **fields: rollout.append(original(**fields)) or rollout[-1]
+    record = lambda *fields: rollout.append(original(*fields)) or rollout[-1]
     monkeypatch.setattr(ppo_continuous, "Transition", record)
     config = replace(SMALL, update_epochs=1, num_minibatches=1, num_steps=4, num_envs=16)
     init, update = make_train(config)
@@ -128,12 +160,16 @@ def test_the_rollout_stores_the_raw_action_and_its_density(keys, monkeypatch):
 
 
 def test_the_environment_gets_the_bounded_action_in_its_shape(keys):
-    env = ppo_continuous.make_env("ContinuousShape-test")
-    assert env.make_actor((8,), "tanh").action_size == 6
-    _, env_state = env.reset(keys(4))
-    *_, reward, terminated, _ = env.step(keys(4), env_state, 5 * jnp.ones((4, 6)))
-    np.testing.assert_array_equal(reward, 1)
-    assert terminated.all()
+    # Pays 1 for a [2, 3] within ±0.5, which raw actions of deviation 1 leave: in the rollout ...
+    config = replace(SMALL, env_id="ContinuousShape-test", learning_rate=1e-30)
+    state, metrics = jax.jit(partial(train, config))(keys(1)[0])
+    assert state.params["actor"]["params"]["log_std"].shape == (6,)
+    np.testing.assert_array_equal(metrics["episodic_return"], 1)
+    # ... and in the evaluation of a policy whose mode is far outside.
+    layer = state.params["actor"]["params"]["Dense_2"]
+    layer["bias"] = jnp.array([5.0, -5.0, 5.0, -5.0, 5.0, -5.0])
+    returns, _ = ppo_continuous.evaluate(config, state, keys(1)[0], 4)
+    np.testing.assert_array_equal(returns, 1)
 
 
 # ---- Training ----
@@ -188,6 +224,7 @@ def test_the_best_action_is_found_in_the_units_of_the_environment(keys):
     states, _ = jax.jit(jax.vmap(partial(train, config)))(keys(3))
     actor = ppo_continuous.Actor(2, config.hidden_sizes, config.activation)
     policy = jax.vmap(lambda p: actor.apply(p, jnp.array([1.0, 0.0])))(states.params["actor"])
-    action = bound_action(policy.mode(), jnp.array([2.0, -100.0]), jnp.array([6.0, 100.0]))
+    space = spaces.Box(jnp.array([2.0, -100.0]), jnp.array([6.0, 100.0]), (2,))
+    action = bound_action(policy.mode(), space)
     np.testing.assert_allclose(action / jnp.array([4, 200]), [[0.75, 0.2]] * 3, atol=0.05)
     assert (policy.log_std < -1).all()  # and the policy has become sure of it

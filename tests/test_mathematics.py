@@ -1,5 +1,6 @@
 """The pure functions against literals, SciPy, and slow independent computations, in float64."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,9 @@ import scipy.special
 import scipy.stats
 
 import ppo_discrete
-from ppo_discrete import Categorical
+import ppo_penalty
+import trpo
+from trpo import Categorical  # that of ppo_discrete, and `kl` (test_shared_code.py)
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,10 @@ def test_categorical_agrees_with_scipy():
     other = Categorical(jnp.asarray(logits[::-1]))
     np.testing.assert_allclose(policy.kl(other), scipy.stats.entropy(p, q, axis=-1), rtol=1e-10)
     np.testing.assert_array_equal(policy.mode(), np.argmax(logits, axis=-1))
+    chex.assert_numerical_grads(lambda x: Categorical(x).entropy().sum(), (policy.logits,), 2)
+    chex.assert_numerical_grads(lambda x: Categorical(x).kl(other).sum(), (policy.logits,), 2)
+    log_prob = lambda x: Categorical(x).log_prob(jnp.arange(5) % 4).sum()
+    chex.assert_numerical_grads(log_prob, (policy.logits,), 2)
 
 
 def test_categorical_kl_to_itself_is_zero_and_flat():
@@ -187,16 +194,43 @@ def test_gae_is_unchanged_by_potential_based_shaping():
 # ---- Losses and normalisation ----
 
 
-def test_clipped_value_loss_takes_the_larger_error():
-    # old value 1, ε = 0.2: V = 1.5 is clipped to 1.2, V = 1.1 is not.
-    f = lambda v, target: float(
-        ppo_discrete.clipped_value_loss(jnp.full(1, v), jnp.full(1, 1.0), jnp.full(1, target), 0.2)
+def test_the_clipped_critic_loss_takes_the_larger_error():
+    # Old value 1, ε = 0.2: V = 1.5 is clipped to 1.2, V = 1.1 is not.
+    f = lambda v, target, *eps: float(
+        ppo_discrete.critic_loss(jnp.full(1, v), jnp.full(1, target), jnp.full(1, 1.0), *eps)
     )
-    assert f(1.5, 2.0) == pytest.approx(0.5 * 0.8**2)  # clipped error is larger
-    assert f(1.5, 1.0) == pytest.approx(0.5 * 0.5**2)  # plain error is larger
-    assert f(1.1, 2.0) == pytest.approx(0.5 * 0.9**2)  # inside the band both are equal
-    loss = ppo_discrete.value_loss(jnp.full(3, 1.5), jnp.full(3, 2.0))
-    assert float(loss) == pytest.approx(1 / 8)
+    assert f(1.5, 2.0, 0.2) == pytest.approx(0.5 * 0.8**2)  # clipped error is larger
+    assert f(1.5, 1.0, 0.2) == pytest.approx(0.5 * 0.5**2)  # plain error is larger
+    assert f(1.1, 2.0, 0.2) == pytest.approx(0.5 * 0.9**2)  # inside the band both are equal
+    assert f(0.5, 0.0, 0.2) == pytest.approx(0.5 * 0.8**2)  # likewise below: 0.8 instead of 0.5
+    assert f(1.5, 2.0) == f(1.5, 2.0, None) == pytest.approx(1 / 8)  # without ε the plain one
+    assert f(1.5, 2.0, 0.0) == pytest.approx(0.5)  # ε = 0 is none that is missing
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
+def test_the_critic_loss_is_half_the_mean_square(script):
+    old_value = [jnp.asarray([7.0, 7.0])] if script is ppo_discrete else []
+    f = lambda value: script.critic_loss(value, jnp.asarray([2.0, 4.0]), *old_value)
+    value = jnp.asarray([1.0, 7.0])
+    assert float(f(value)) == pytest.approx(0.5 * (1 + 9) / 2)
+    np.testing.assert_allclose(jax.grad(f)(value), [-0.5, 1.5], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "function, shapes",
+    [
+        (ppo_discrete.clipped_surrogate, [(4,), (4, 1), ()]),
+        (ppo_discrete.critic_loss, [(4,), (4, 1), (4,)]),
+        (ppo_discrete.critic_loss, [(4,), (4,), (4, 1)]),
+        (ppo_penalty.surrogate, [(4,), (4, 1)]),
+        (ppo_penalty.critic_loss, [(4,), (4, 1)]),
+        (ppo_discrete.gae, [(4,)] * 5 + [(), ()]),  # one environment without its axis
+        (ppo_discrete.gae, [(4, 2), (4, 2), (4, 1), (4, 2), (4, 2), (), ()]),
+    ],
+)
+def test_shapes_that_would_broadcast_are_refused(function, shapes):
+    with pytest.raises(AssertionError):
+        jax.eval_shape(function, *(jax.ShapeDtypeStruct(shape, float) for shape in shapes))
 
 
 def test_normalize_advantage():
@@ -220,22 +254,34 @@ def test_running_stats_equal_the_statistics_of_all_data():
     assert float(stats.count) == pytest.approx(84, abs=1e-3)
 
 
-def test_normalize_and_scale_reward_clip_at_ten():
+def test_statistics_of_nothing_are_nothing():
+    assert ppo_discrete.update_stats(None, jnp.ones((2, 3))) is None
+
+
+def test_normalize_centres_on_request_and_clips_at_ten():
     stats = ppo_discrete.RunningStats(jnp.asarray(1.0), jnp.asarray(4.0), jnp.asarray(1.0))
     x = jnp.asarray([1.0, 3.0, 1e3, -1e3])
     np.testing.assert_allclose(ppo_discrete.normalize(x, stats), [0, 1, 10, -10], rtol=1e-8)
-    np.testing.assert_allclose(ppo_discrete.scale_reward(x, stats), [0.5, 1.5, 10, -10], rtol=1e-8)
+    scaled = ppo_discrete.normalize(x, stats, center=False)
+    np.testing.assert_allclose(scaled, [0.5, 1.5, 10, -10], rtol=1e-8)
     assert ppo_discrete.normalize(x, None) is x
-    assert ppo_discrete.scale_reward(x, None) is x
+    assert ppo_discrete.normalize(x, None, center=False) is x
 
 
 # ---- Shuffling and initialisation ----
 
 
+def shuffle(seed, epochs, batch_size, parts):
+    config = ppo_discrete.Config(
+        num_envs=1, num_steps=batch_size, update_epochs=epochs, num_minibatches=parts
+    )
+    return ppo_discrete.shuffled_indices(jax.random.key(seed), config)
+
+
 @pytest.mark.parametrize("batch_size", [1, 6, 64, 1000])
 def test_shuffled_indices_are_permutations(batch_size):
     parts = 2 if batch_size % 2 == 0 else 1
-    indices = ppo_discrete.shuffled_indices(jax.random.key(0), 3, batch_size, parts)
+    indices = shuffle(0, 3, batch_size, parts)
     assert indices.shape == (3 * parts, batch_size // parts)
     epochs = np.asarray(indices).reshape(3, batch_size)
     for epoch in epochs:
@@ -244,72 +290,15 @@ def test_shuffled_indices_are_permutations(batch_size):
         assert (epochs[0] != epochs[1]).mean() > 0.9
 
 
-def test_taking_transitions_by_rows_is_taking_them_from_each_array():
-    numbers = np.arange(40, dtype=np.float32)
-    batch = {
-        "obs": jnp.asarray(numbers.reshape(8, 5) / 3),
-        "action": jnp.arange(8, dtype=jnp.int32) * 2_000_001,  # the last needs all of 24 bits
-        "policy": (jnp.asarray(numbers[:16].reshape(8, 2, 1)), jnp.asarray(numbers[:8]) / 7),
-    }
-    indices = jnp.asarray([7, 0, 3, 3])
-    taken = jax.jit(ppo_discrete.make_take(batch))(indices)
-    expected = jax.tree.map(lambda x: np.asarray(x)[[7, 0, 3, 3]], batch)
-    assert jax.tree.structure(taken) == jax.tree.structure(expected)
-    for ours, theirs in zip(jax.tree.leaves(taken), jax.tree.leaves(expected), strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
-
-
 def test_shuffled_indices_are_uniform():
     # Each index is equally often at each place: 6000 shuffles of 6, chi-square over 36 cells.
-    indices = ppo_discrete.shuffled_indices(jax.random.key(1), 6000, 6, 1)
+    indices = shuffle(1, 6000, 6, 1)
     counts = np.stack([np.bincount(column, minlength=6) for column in np.asarray(indices).T])
     assert scipy.stats.chisquare(counts.ravel()).pvalue > 1e-3
     # ... and neighbours stay neighbours no more often than chance: 2/6 of the time.
     places = np.argsort(indices, axis=1)
     neighbours = (np.abs(places[:, 0] - places[:, 1]) == 1).mean()
     assert neighbours == pytest.approx(1 / 3, abs=0.03)
-
-
-# The known answers of Random123, whose authors invented Threefry (tests/kat_vectors there).
-@pytest.mark.parametrize(
-    "key, count, answer",
-    [
-        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
-        ((2**32 - 1, 2**32 - 1), (2**32 - 1, 2**32 - 1), (0x1CB996FC, 0xBB002BE7)),
-        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
-    ],
-)
-def test_threefry_gives_the_known_answers(key, count, answer):
-    words = [jnp.uint32(word) for word in (*key, *count)]
-    assert tuple(map(int, ppo_discrete.threefry2x32(*words))) == answer
-    assert tuple(map(int, jax.jit(ppo_discrete.threefry2x32)(*words))) == answer
-
-
-def test_random_numbers_are_those_of_jax():
-    # The literals come from jax.random in a process that had imported no script.
-    bits = jax.vmap(lambda seed: jax.random.bits(jax.random.key(seed), (2,), jnp.uint32))
-    np.testing.assert_array_equal(
-        bits(jnp.asarray([0, 42])), [[0xF29A4FA7, 0xFA843692], [0x7D1C13A2, 0xAE0730D9]]
-    )
-    key = jax.random.key(7)
-    np.testing.assert_array_equal(
-        jax.random.key_data(jax.random.split(key, 2)),
-        [[3625411723, 1954958720], [195045567, 4062205631]],
-    )
-    np.testing.assert_array_equal(
-        jax.random.key_data(jax.random.fold_in(key, 5)), [3583082021, 1947592014]
-    )
-
-
-def test_random_numbers_are_compiled_without_loops():
-    def draw(key):  # as gymnax does: split, split again, draw, under vmap
-        keys = jax.random.split(jax.random.split(key)[1], 4)
-        return jax.vmap(lambda key: jax.random.uniform(key, (4,)))(keys)
-
-    keys = jax.random.split(jax.random.key(0), 2)
-    program = jax.jit(jax.vmap(draw)).lower(keys).compile().as_text()
-    assert "fusion(" in program and "while(" not in program
 
 
 @pytest.mark.parametrize("shape", [(4, 64), (64, 64), (400, 64), (64, 1)])

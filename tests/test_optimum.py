@@ -23,7 +23,9 @@ def compare(env_id, act):
         obs, env_state = carry
         x, y = task.observe(obs)
         action, same = jax.vmap(act)(keys, x, y)
-        obs, env_state, next_obs, reward, terminated, _ = env.step(keys, env_state, action)
+        if hasattr(task.script, "bound_action"):
+            action = task.script.bound_action(action, env.action_space)
+        env_state, next_obs, obs, reward, terminated, _ = env.step(keys, env_state, action)
         ours = list(jnp.broadcast_arrays(*task.step(x, y, same)))
         return (obs, env_state), (*task.observe(next_obs), reward, terminated, ours)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from conftest import ContinuousProbe
+from gymnax.environments import spaces
 
 import ppo_penalty
 from ppo_penalty import Categorical, Config, adapt_beta, make_train, surrogate, train
@@ -121,7 +122,7 @@ def test_the_optimum_of_the_penalty_shows_its_direction(keys):
     init, _ = make_train(config)
     before = jax.jit(init)(keys(1)[0])
     after, metrics = jax.jit(partial(train, config))(keys(1)[0])
-    actor = ppo_penalty.Actor(2, Categorical, (8,), "tanh")
+    actor = ppo_penalty.Actor(spaces.Discrete(2), (8,), "tanh")
     policy = lambda state: np.asarray(
         jax.nn.softmax(actor.apply(state.params["actor"], jnp.array([1.0, 0.0])).logits)
     )
@@ -151,7 +152,7 @@ def test_the_kl_of_gaussians_is_that_of_old_to_new(keys):
     actor = jax.tree.map(lambda x: 3 * x, state.params["actor"])
     state = state._replace(params={"actor": actor, "critic": state.params["critic"]})
     new_state, metrics = jax.jit(update)(state, None)
-    network = ppo_penalty.make_env("Slope-test").make_actor((8, 8), "tanh")
+    network = ppo_penalty.Actor(ppo_penalty.make_env("Slope-test").action_space, (8, 8), "tanh")
     old, new = (network.apply(s.params["actor"], jnp.array([1.0, 0.0])) for s in (state, new_state))
     s, t, shift = np.exp(old.log_std), np.exp(new.log_std), (old.mean - new.mean) ** 2
     forward = (np.log(t / s) + (s**2 + shift) / (2 * t**2) - 0.5).sum()
@@ -177,7 +178,16 @@ def test_other_environments_train(env_id, keys):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize("wrong", [{"target_kl": 0.0}, {"beta": -1.0}, {"num_minibatches": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target_kl": 0.0},
+        {"beta": -1.0},
+        {"beta": float("nan")},
+        {"adaptive_beta": 1},
+        {"num_minibatches": 3},
+    ],
+)
 def test_wrong_values_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Config(**wrong)
+        make_train(Config(**wrong))

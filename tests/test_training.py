@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 
+import chex
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -43,11 +44,14 @@ SMALL = Config(
 )
 
 
+def plain(tree):
+    """PRNG keys as numbers, which can be compared."""
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
+
+
 def assert_same_bits(a, b):
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(plain(a), plain(b))
 
 
 # ---- Structure ----
@@ -62,10 +66,7 @@ def test_a_seed_does_not_depend_on_its_neighbours(keys):
     # Alone: the same episodes, and the same numbers up to rounding. (XLA's CPU compiler adds up a
     # row of a batched sum in another order than the same row alone, so bits may differ there.)
     alone = as_shipped(partial(train, SMALL))(keys(3)[1])
-    for x, y in zip(jax.tree.leaves(row(first)), jax.tree.leaves(alone), strict=True):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(plain(row(first)), plain(alone), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(first[0].obs[1], alone[0].obs)
 
 
@@ -129,11 +130,18 @@ def test_every_discrete_environment_trains(env_id, keys):
     assert int(state.updates_done) == 2
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "MetaMaze-misc", "Asterix-MinAtar"])
-def test_an_update_keeps_the_type_of_the_state(env_id):
+@pytest.mark.parametrize(
+    "env_id, has_weak_types",  # gymnax's own state has, before the first step
+    [("CartPole-v1", False), ("MetaMaze-misc", True), ("Asterix-MinAtar", False)],
+)
+def test_an_update_keeps_the_type_of_the_state(env_id, has_weak_types):
     init, update = ppo_discrete.make_train(ppo_discrete.Config(env_id=env_id))
     before = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
     after = jax.eval_shape(lambda state: update(state, None)[0], before)
+    plain = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert plain(before) == plain(after)
+    if has_weak_types:
+        before, after = before._replace(env_state=None), after._replace(env_state=None)
     types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
     assert types(before) == types(after)
 
@@ -211,12 +219,13 @@ def test_statistics_are_updated_once_after_each_rollout(keys):
 def test_the_next_observation_is_that_before_the_reset(keys):
     env = ppo_discrete.make_env("ProbeTerminated-test")
     obs, env_state = env.reset(keys(3))
+    np.testing.assert_array_equal(obs, [[1, 0]] * 3)
     for time in range(1, 6):  # [cue, time]; the fifth step ends the episode
-        obs, env_state, next_obs, reward, terminated, truncated = env.step(
+        env_state, next_obs, reset_obs, reward, terminated, truncated = env.step(
             keys(3), env_state, jnp.zeros(3, int)
         )
         np.testing.assert_array_equal(next_obs, [[1, time]] * 3)
-        np.testing.assert_array_equal(obs, [[1, time % 5]] * 3)
+        np.testing.assert_array_equal(reset_obs, [[1, time % 5]] * 3)
         assert (terminated == (time == 5)).all() and not truncated.any() and (reward == 1).all()
 
 
@@ -358,9 +367,7 @@ def test_what_follows_an_evaluation_episode_does_not_count(keys):
 
 
 def test_defaults_and_presets():
-    assert Config().num_updates == 244 and Config().minibatch_size * Config().num_minibatches == (
-        Config().batch_size
-    )
+    assert Config().num_updates == 244 and Config().batch_size == 2048
     assert ppo_discrete.default_config("CartPole-v1") == Config()
     mountain_car = ppo_discrete.default_config("MountainCar-v0")
     assert mountain_car == Config(env_id="MountainCar-v0", normalize_obs=True)
@@ -382,23 +389,40 @@ def test_defaults_and_presets():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "wrong, message",
     [
-        {"num_minibatches": 3},
-        {"num_minibatches": 2048},
-        {"total_timesteps": 100},
-        {"num_envs": 0},
-        {"learning_rate": float("nan")},
-        {"learning_rate": 0.0},
-        {"gamma": 1.5},
-        {"ent_coef": float("inf")},
-        {"seed": -1},
-        {"hidden_sizes": (64, 0)},
+        ({"num_minibatches": 3}, "do not divide into num_minibatches = 3 equal parts"),
+        ({"num_minibatches": 2048}, "num_minibatches = 2048"),  # of one transition each
+        ({"total_timesteps": 100}, "total_timesteps must be at least .* = 2048"),
+        ({"total_timesteps": 2**31}, "total_timesteps must be from more than 0 to 2.14748e"),
+        ({"update_epochs": 2**20}, "gradient steps .* 2\\^31 is too many"),
+        ({"seed": 2**31 - 8}, "seed .* 2\\^31 is too many"),
+        ({"num_envs": 0}, "num_envs must be from more than 0"),
+        ({"num_envs": 4.0}, "num_envs must be of type int, got 4.0"),
+        ({"num_envs": True}, "num_envs must be of type int, got True"),
+        ({"learning_rate": float("nan")}, "learning_rate must be from more than 0 .* got nan"),
+        ({"learning_rate": 0.0}, "learning_rate must be from more than 0"),
+        ({"learning_rate": "1e-3"}, "learning_rate must be of type float"),
+        ({"gamma": 1.5}, "gamma must be from 0 to 1, got 1.5"),
+        ({"gae_lambda": -0.1}, "gae_lambda must be from 0 to 1"),
+        ({"ent_coef": float("inf")}, "ent_coef must be from 0 to"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"anneal_lr": 1}, "anneal_lr must be of type bool"),
+        ({"clip_vloss": None}, "clip_vloss must be of type bool"),
+        ({"env_id": 7}, "env_id must be of type str"),
+        ({"hidden_sizes": (64, 0)}, "hidden_sizes must be from more than 0"),
+        ({"hidden_sizes": (64.0,)}, "hidden_sizes must be of type int"),
+        ({"hidden_sizes": [64]}, "hidden_sizes must be of type int"),
     ],
 )
-def test_wrong_values_are_named(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Config(**wrong)
+def test_wrong_values_are_named(wrong, message):
+    with pytest.raises(ppo_discrete.Failure, match=message):
+        make_train(Config(**wrong))
+
+
+def test_zeros_and_whole_numbers_that_work_are_accepted():
+    zero = dict(seed=0, gamma=0, gae_lambda=0.0, ent_coef=0, vf_coef=0.0)
+    ppo_discrete.validate(Config(**zero, learning_rate=1, hidden_sizes=()))
 
 
 @pytest.mark.parametrize(

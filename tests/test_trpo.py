@@ -4,6 +4,7 @@ the update as a whole."""
 from dataclasses import replace
 from functools import partial
 
+import chex
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 from conftest import ContinuousProbe, Probe, as_shipped
+from gymnax.environments import spaces
 from jax.flatten_util import ravel_pytree
 
 import trpo
@@ -37,10 +39,15 @@ def random(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape)
 
 
+def action_space(distribution, size):
+    """A space whose policies are of this distribution."""
+    return spaces.Discrete(size) if distribution is Categorical else spaces.Box(-1, 1, (size,))
+
+
 def small_policy(distribution, hidden_sizes=(3,), states=40):
     """A network of at most twenty parameters on random states: policy_at(θ), θ."""
     obs = jnp.asarray(random((states, 2)))
-    actor = trpo.Actor(2, distribution, hidden_sizes, "tanh")
+    actor = trpo.Actor(action_space(distribution, 2), hidden_sizes, "tanh")
     params = jax.tree.map(lambda x: x.astype(jnp.float64), actor.init(jax.random.key(0), obs))
     theta, unravel = ravel_pytree(params)
     theta = jnp.asarray(0.5 * random(theta.shape, 1))  # no small last layer, deviations not 1
@@ -120,7 +127,7 @@ def test_fisher_vector_product_is_the_expected_outer_product_of_scores(float64, 
 
 def test_the_deviations_have_a_fisher_block_of_their_own(float64):
     obs = jnp.asarray(random((10, 2)))
-    actor = trpo.Actor(3, DiagGaussian, (4,), "tanh")
+    actor = trpo.Actor(action_space(DiagGaussian, 3), (4,), "tanh")
     params = jax.tree.map(lambda x: x.astype(jnp.float64), actor.init(jax.random.key(0), obs))
     theta, unravel = ravel_pytree(params)
     product = trpo.fisher_vector_product(lambda theta: actor.apply(unravel(theta), obs), theta)
@@ -309,12 +316,7 @@ def test_a_gradient_that_is_not_finite_gives_no_step_but_is_noticed():
     gradient = jnp.array([1.0, jnp.nan])
     step, residual = trpo.trust_region_step(lambda v: v, gradient, 0.01, 0.1, 10)
     assert (step == 0).all() and jnp.isnan(residual)
-    metrics = {"value_loss": np.zeros((2, 3)), "cg_residual": np.zeros((2, 3))}
-    config = Config(seed=5)
-    trpo.check_finite(config, 10, metrics, np.ones(2, bool))
-    metrics["cg_residual"][1, 2] = residual
-    with pytest.raises(FloatingPointError, match="seed 6 is not finite in update 13"):
-        trpo.check_finite(config, 10, metrics, np.ones(2, bool))
+    assert not {"cg_residual", "kl", "value_loss"} & {*trpo.MAY_BE_NAN}  # a run with one ends
 
 
 def test_the_step_of_the_actor_multiplies_exactly(keys):
@@ -336,6 +338,12 @@ def test_a_step_that_is_not_finite_is_rejected():
 
 # ---- The update ----
 
+
+def network_of(config):
+    space = trpo.make_env(config.env_id).action_space
+    return trpo.Actor(space, config.hidden_sizes, config.activation)
+
+
 SMALL = Config(num_seeds=2, total_timesteps=3 * 64, num_envs=4, num_steps=16, hidden_sizes=(8, 8))
 
 
@@ -350,7 +358,7 @@ def test_the_kl_is_that_of_old_to_new_and_within_delta(keys, env_id):
     actor = jax.tree.map(lambda x: 3 * x, state.params["actor"])
     state = state._replace(params={"actor": actor, "critic": state.params["critic"]})
     new_state, metrics = jax.jit(update)(state, None)
-    network = trpo.make_env(env_id).make_actor(config.hidden_sizes, config.activation)
+    network = network_of(config)
     old, new = (network.apply(s.params["actor"], jnp.array([1.0, 0.0])) for s in (state, new_state))
     np.testing.assert_allclose(metrics["entropy"], old.entropy(), rtol=1e-5)
     if env_id == "ProbeAction-test":
@@ -381,7 +389,7 @@ def test_the_update_takes_what_the_search_found(keys, env_id, scale, monkeypatch
     init, update = make_train(config)
     state = jax.jit(init)(keys(1)[0])
     after, metrics = jax.jit(update)(state, None)
-    network = trpo.make_env(env_id).make_actor(config.hidden_sizes, config.activation)
+    network = network_of(config)
     old, new = (network.apply(s.params["actor"], jnp.array([1.0, 0.0])) for s in (state, after))
     np.testing.assert_allclose(old.kl(new), metrics["kl"], rtol=1e-2, atol=1e-7)
     assert metrics["kl"] <= config.max_kl and metrics["line_search_steps"] > 1
@@ -398,8 +406,7 @@ def test_zero_advantages_leave_the_policy(keys):
     zero = jax.tree.map(jnp.zeros_like, state.params["critic"])
     state = state._replace(params={"actor": state.params["actor"], "critic": zero})
     new_state, metrics = jax.jit(update)(state, None)
-    same = jax.tree.map(np.array_equal, state.params["actor"], new_state.params["actor"])
-    assert all(jax.tree.leaves(same))
+    chex.assert_trees_all_equal(state.params["actor"], new_state.params["actor"])
     assert metrics["step_accepted"] == 0 and metrics["kl"] == 0
     assert metrics["line_search_steps"] == config.line_search_tries
     assert np.isfinite(metrics["cg_residual"])
@@ -410,8 +417,7 @@ def test_the_critic_does_not_move_the_policy(keys):
         jax.jit(make_train(config)[1])(jax.jit(make_train(config)[0])(keys(1)[0]), None)[0]
         for config in (SMALL, replace(SMALL, learning_rate=0.1, update_epochs=3))
     ]
-    actors = [jax.tree.leaves(state.params["actor"]) for state in after]
-    assert all(map(np.array_equal, *actors))
+    chex.assert_trees_all_equal(*(state.params["actor"] for state in after))
     assert not np.array_equal(*(jax.tree.leaves(state.params["critic"])[0] for state in after))
 
 
@@ -425,15 +431,12 @@ def test_a_rejected_step_does_not_touch_the_neighbours(keys):
     (after, metrics), (after_broken, metrics_broken) = run(state), run(broken)
     np.testing.assert_array_equal(metrics["step_accepted"], 1)
     np.testing.assert_array_equal(metrics_broken["step_accepted"], [1, 0, 1])
-    for x, y, before in zip(
-        *(jax.tree.leaves(s.params["actor"]) for s in (after, after_broken, state)), strict=True
-    ):
-        np.testing.assert_array_equal(x[::2], y[::2])
-        np.testing.assert_array_equal(y[1], before[1])
-    for x, y in zip(
-        *(jax.tree.leaves(s.params["critic"]) for s in (after, after_broken)), strict=True
-    ):
-        np.testing.assert_array_equal(x[::2], y[::2])
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(lambda x: x[::2], s.params) for s in (after, after_broken))
+    )
+    chex.assert_trees_all_equal(
+        *(jax.tree.map(lambda x: x[1], s.params["actor"]) for s in (broken, after_broken))
+    )
 
 
 def test_the_kl_never_exceeds_delta(keys):
@@ -458,4 +461,4 @@ def test_other_environments_train(env_id, keys):
 )
 def test_wrong_values_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Config(**wrong)
+        make_train(Config(**wrong))

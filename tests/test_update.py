@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import chex
 import gymnax
 import jax
 import jax.numpy as jnp
@@ -112,7 +113,7 @@ def test_every_flag_changes_the_program(script, keys):
     program = trace(config)
     assert trace(config) == program
     for name, value in vars(config).items():
-        if name in ("env_id", "seed", "num_seeds", "resume", "distributed"):
+        if name in ("env_id", "seed", "num_seeds"):
             continue
         if isinstance(value, bool):
             different = not value
@@ -137,30 +138,42 @@ def test_value_clipping_is_centred_on_the_old_value(keys):
     np.testing.assert_allclose(clipped, plain, rtol=1e-6)
 
 
-def test_no_noise_is_used_twice(keys, monkeypatch):
-    def batches(script, **fields):
-        """What two updates learn from."""
-        seen, make = [], script.Batch
-        monkeypatch.setattr(script, "Batch", lambda *rows: seen.append(make(*rows)) or seen[-1])
-        config = small(script, normalize_obs=False, **fields)
-        state, update = started(config, script, keys(1)[0])
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
+def test_no_noise_is_used_twice(script, keys):
+    # Nothing is learned, so that what two updates do differs by the noise alone.
+    still = dict(max_kl=1e-30) if script is trpo else dict(max_grad_norm=1e-30)
+    config = small(script, num_steps=128, total_timesteps=1024, normalize_obs=False, **still)
+    N, T = config.num_envs, config.num_steps
+    env = script.make_env(config.env_id)
 
-        def both(state):
-            state, _ = update(state)
-            update(state)
-            return seen[-2:]
+    def reset(keys):
+        obs, env_state = env.reset(keys)
+        pages = dict(obs=obs, key=jax.random.key_data(keys))
+        pages |= dict(action=jnp.zeros((N, *env.action_space.shape), env.action_space.dtype))
+        pages = jax.tree.map(lambda x: jnp.zeros((2 * T, *x.shape), x.dtype), pages)
+        return obs, (env_state, jnp.int32(0), pages)
 
-        return jax.jit(both)(state)
+    def step(keys, env_state, action):
+        env_state, time, pages = env_state
+        env_state, next_obs, reset_obs, *rest = env.step(keys, env_state, action)
+        page = dict(obs=reset_obs, key=jax.random.key_data(keys), action=action)
+        pages = jax.tree.map(lambda pages, page: pages.at[time].set(page), pages, page)
+        return (env_state, time + 1, pages), next_obs, reset_obs, *rest
 
-    # Actions are N(0, 1) and little else: the noise of steps and environments, [2, T, N].
-    noise = [batch.action for batch in batches(ppo_continuous, learning_rate=1e-30)]
-    noise = np.reshape(noise, (2, 16, 4))
-    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 0.5
-    assert (np.abs(np.corrcoef(noise[0].T) - np.eye(4)) < 0.9).all()
-    assert (noise.std(axis=1) > 0.5).all()
+    init, update = script.make_train(config, script.Environment(reset, step, env.action_space))
+    both = lambda key: jax.lax.scan(update, init(key), None, 2)[0].env_state
+    _, time, diary = jax.jit(both)(keys(1)[0])
+    assert time == 2 * T
+    # Each environment gets another key in each step.
+    assert len(np.unique(np.reshape(diary["key"], (2 * T * N, -1)), axis=0)) == 2 * T * N
     # Poles fall often, and each time the start is drawn anew.
-    obs = [batch.obs for batch in batches(ppo_discrete, num_steps=128, total_timesteps=1024)]
-    assert len(np.unique(np.reshape(obs, (-1, 4)), axis=0)) == 2 * 4 * 128
+    assert len(np.unique(np.reshape(diary["obs"], (2 * T * N, -1)), axis=0)) == 2 * T * N
+    # Actions are little else than noise: that of one update, environment or step is no other's.
+    action = np.reshape(diary["action"], (2, T, N)).astype(float)
+    assert abs(np.corrcoef(action.reshape(2, -1))[0, 1]) < 0.2
+    assert (np.abs(np.corrcoef(action[0].T) - np.eye(N)) < 0.5).all()
+    assert np.abs(np.corrcoef(action[0, 1:].ravel(), action[0, :-1].ravel())[0, 1]) < 0.2
+    assert (action.std(axis=1) > 0.4).all()
 
 
 @pytest.mark.parametrize("script", [ppo_penalty, trpo])
@@ -206,7 +219,7 @@ def test_advantages_are_normalised_where_they_are_used(script, keys, monkeypatch
     jax.eval_shape(update, jax.eval_shape(init, keys(1)[0]), None)
     # In PPO over a minibatch; in TRPO, which takes one step, over the rollout.
     rollout = (config.num_steps, config.num_envs)
-    assert set(shapes) == {rollout if script is trpo else (config.minibatch_size,)}
+    assert set(shapes) == {rollout if script is trpo else (64 // config.num_minibatches,)}
 
 
 @pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
@@ -230,3 +243,25 @@ def test_updates_run_where_numbers_are_double_by_default(script):
         init, update = script.make_train(small(script))
         state = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
         jax.eval_shape(lambda state: jax.lax.scan(update, state, None, 2), state)
+
+
+# Where gymnax's own state has weak types the second call would trace again: the first update makes
+# them strong. (One scan, as `train` and the command line use it, traces once in any case.)
+@pytest.mark.parametrize(
+    "script, env_id",
+    [
+        (ppo_discrete, "CartPole-v1"),
+        (ppo_discrete, "Asterix-MinAtar"),
+        (ppo_continuous, "Reacher-misc"),
+        (ppo_penalty, "CartPole-v1"),
+        (trpo, "CartPole-v1"),
+    ],
+)
+def test_an_update_in_a_loop_is_traced_once(script, env_id, keys):
+    init, update = script.make_train(small(script, env_id=env_id))
+    state = jax.jit(init)(keys(1)[0])
+    chex.clear_trace_counter()
+    update = jax.jit(chex.assert_max_traces(update, n=1))
+    for _ in range(3):
+        state, _ = update(state, None)
+    assert state.updates_done == 3
