@@ -63,7 +63,7 @@ class Config:
     total_timesteps: int = 500_000  # environment steps per seed, never exceeded
     num_envs: int = 16  # environments per seed (N)
     num_steps: int = 128  # steps of each environment per update (T)
-    learning_rate: float = 3e-3  # Adam's step size at the start
+    learning_rate: float = 3e-3  # Adam's step size at the start; 1e-3 learns Acrobot worse
     anneal_lr: bool = True  # let the learning rate fall linearly to zero
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
@@ -72,7 +72,7 @@ class Config:
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
-    vf_coef: float = 0.5  # weight of the value loss (c_1); max_grad_norm feels it, Adam does not
+    vf_coef: float = 0.5  # weight of the value loss (c_1); of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = False  # scale observations by their running mean and deviation
     normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
@@ -186,8 +186,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
-    # The body is a handful of operations on N numbers: unrolling saves most of the loop's overhead.
-    start = jnp.zeros_like(delta[0])
+    start = jnp.zeros_like(delta[0])  # unrolled, since a step is only a handful of operations
     _, advantage = jax.lax.scan(step, start, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
@@ -254,12 +253,13 @@ def update_stats(stats, x):
 def normalize(x, stats, center=True):
     """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
 
-    Rewards are only scaled (`center=False`): a constant taken from each would change the task.
+    Rewards are only scaled (`center=False`), by the deviation of the discounted return (Engstrom et
+    al. 2020; backwards, so that it is known at once): to centre them would change the task.
     """
     if stats is None:
         return x
     shifted = x - stats.mean if center else x
-    # Times 1/√, not divided by √, which XLA would round in one way here and in another there.
+    # Times 1/√: a division by √ XLA would round differently in the rollout and in the update.
     return jnp.clip(shifted * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
@@ -322,8 +322,8 @@ def make_train(config, env=None):
         progress = gradient_step // gradient_steps / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # `flatten` turns a dozen small arrays into one vector, on which the norm and Adam cost a few
-    # operations instead of a few dozen. Both have OpenAI's settings (details 3 and 11).
+    # `flatten` turns a dozen small arrays into one vector, on which both cost a few operations
+    # instead of a few dozen. Adam's ε and clipping the norm are OpenAI's (details 3 and 11).
     clip_norm = optax.clip_by_global_norm(config.max_grad_norm)
     optimizer = optax.flatten(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)))
 
@@ -351,7 +351,7 @@ def make_train(config, env=None):
         action = policy.sample(action_key)
         env_state, next_obs, reset_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, action
-        )
+        )  # next_obs is s_{t+1}; where the episode ended, reset_obs opens the next one
         chex.assert_equal_shape([state.obs, next_obs, reset_obs])
         chex.assert_shape([reward, terminated, truncated], dims["N"])
         total, length, discounted = state.episode
@@ -416,12 +416,12 @@ def make_train(config, env=None):
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         batch = dict(obs=obs, action=rollout.action, old_log_prob=rollout.log_prob)
         batch |= dict(old_value=value, advantage=advantage, target=target)
-        take = make_take(jax.tree.map(flatten, batch))
+        take = make_take(jax.tree.map(flatten, batch))  # take(i) is {name: array[i], ...}
         indices = shuffled_indices(shuffle_key, config)  # [K · num_minibatches, M]
 
         def gradient_step(carry, indices):
             params, opt_state = carry
-            minibatch = take(indices)  # [M, ...]
+            minibatch = take(indices)  # the arguments of `loss` by name, [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
             return (optax.apply_updates(params, change), opt_state), metrics
@@ -430,13 +430,12 @@ def make_train(config, env=None):
             gradient_step, (state.params, state.opt_state), indices
         )
 
-        # Losses are means over all gradient steps, returns over the episodes that ended in this
-        # rollout: NaN where none did.
+        # Losses are means over all gradient steps, returns over the ended episodes (NaN if none).
         metrics = {
             "episodic_return": jnp.mean(rollout.episode.total, where=done),
             "episodic_length": jnp.mean(rollout.episode.length, where=done),
             **jax.tree.map(jnp.mean, losses),
-            # 1 if V and its targets differ by a constant, 0 or less if a constant does as well.
+            # 1 if V predicts its targets (but for a constant), 0 if no better than a constant.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * gradient_steps),
         }
@@ -481,13 +480,14 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
     zeros = jnp.zeros(num_episodes, jnp.int32)
     carry = (step_key, obs, env_state, zeros == 0, zeros.astype(jnp.float32), zeros)
-    go_on = lambda carry: carry[3].any() & (carry[5].max() < max_steps)
+    go_on = lambda carry: carry[3].any() & (carry[5].max() < max_steps)  # playing, length
     *_, total, length = jax.lax.while_loop(go_on, step, carry)
     return total, length
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# Its imports stand here, so that those above are what the algorithm needs.
+# (It has used `validate`, `make_env`, `shuffled_indices` and `make_take`.) The imports of this part
+# stand here, so that those above are what the algorithm needs.
 
 import contextlib
 import difflib
@@ -646,7 +646,7 @@ def make_env(env_id: str) -> Environment:
     except ModuleNotFoundError as error:
         if not f"{env_id}.".startswith((f"{error.name}.", f"{error.name}:")):
             raise  # something that the module imports
-        raise Failure(f"there is no module {error.name!r}, neither here nor installed") from None
+        raise Failure(f"there is no module {module!r}, neither here nor installed") from None
     except OSError as error:  # the user's: not of writing a run
         raise RuntimeError(f"{env_id} cannot be made") from error
     if not hasattr(getattr(env, "action_space", None), "n"):

@@ -247,8 +247,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
-    # The body is a handful of operations on N numbers: unrolling saves most of the loop's overhead.
-    start = jnp.zeros_like(delta[0])
+    start = jnp.zeros_like(delta[0])  # unrolled, since a step is only a handful of operations
     _, advantage = jax.lax.scan(step, start, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
@@ -396,12 +395,13 @@ def update_stats(stats, x):
 def normalize(x, stats, center=True):
     """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
 
-    Rewards are only scaled (`center=False`): a constant taken from each would change the task.
+    Rewards are only scaled (`center=False`), by the deviation of the discounted return (Engstrom et
+    al. 2020; backwards, so that it is known at once): to centre them would change the task.
     """
     if stats is None:
         return x
     shifted = x - stats.mean if center else x
-    # Times 1/√, not divided by √, which XLA would round in one way here and in another there.
+    # Times 1/√: a division by √ XLA would round differently in the rollout and in the update.
     return jnp.clip(shifted * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
@@ -489,7 +489,7 @@ def make_train(config, env=None):
         action = policy.sample(action_key)
         env_state, next_obs, reset_obs, reward, terminated, truncated = env.step(
             env_keys, state.env_state, bound_action(action, env.action_space)
-        )
+        )  # next_obs is s_{t+1}; where the episode ended, reset_obs opens the next one
         chex.assert_equal_shape([state.obs, next_obs, reset_obs])
         chex.assert_shape([reward, terminated, truncated], dims["N"])
         total, length, discounted = state.episode
@@ -575,7 +575,7 @@ def make_train(config, env=None):
             "episodic_length": jnp.mean(rollout.episode.length, where=done),
             **policy_metrics,
             "value_loss": value_losses.mean(),
-            # 1 if V and its targets differ by a constant, 0 or less if a constant does as well.
+            # 1 if V predicts its targets (but for a constant), 0 if no better than a constant.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * gradient_steps),
         }
@@ -621,13 +621,14 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
     zeros = jnp.zeros(num_episodes, jnp.int32)
     carry = (step_key, obs, env_state, zeros == 0, zeros.astype(jnp.float32), zeros)
-    go_on = lambda carry: carry[3].any() & (carry[5].max() < max_steps)
+    go_on = lambda carry: carry[3].any() & (carry[5].max() < max_steps)  # playing, length
     *_, total, length = jax.lax.while_loop(go_on, step, carry)
     return total, length
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# Its imports stand here, so that those above are what the algorithm needs.
+# (It has used `validate`, `make_env`, `shuffled_indices` and `make_take`.) The imports of this part
+# stand here, so that those above are what the algorithm needs.
 
 import contextlib
 import difflib
@@ -778,7 +779,7 @@ def make_env(env_id: str) -> Environment:
     except ModuleNotFoundError as error:
         if not f"{env_id}.".startswith((f"{error.name}.", f"{error.name}:")):
             raise  # something that the module imports
-        raise Failure(f"there is no module {error.name!r}, neither here nor installed") from None
+        raise Failure(f"there is no module {module!r}, neither here nor installed") from None
     except OSError as error:  # the user's: not of writing a run
         raise RuntimeError(f"{env_id} cannot be made") from error
     space = getattr(env, "action_space", None)

@@ -259,14 +259,15 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert (run_dir / name).read_bytes() == expected
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew(start, run, tmp_path, uninterrupted):
+def test_what_came_after_the_last_checkpoint_is_done_again(start, run, tmp_path, uninterrupted):
     every_time(tmp_path / "ppo_discrete.py", 3000)
     process = start(*LONG)
     run_dir = wait_for_run(tmp_path, process)
     wait_for_update(run_dir, 60, process)
     process.kill()
     process.communicate()
-    assert (run_dir / "metrics.csv").stat().st_size and not checkpoints_of(run_dir)
+    assert checkpoints_of(run_dir) == [20]  # of the first segment
+    assert int(rows_of(run_dir / "metrics.csv")[-1]["update"]) >= 60
     code, _, errors = run("--resume", run_dir.relative_to(tmp_path))
     assert code == 0, errors
     for name in ("metrics.csv", "evaluation.csv"):
@@ -501,3 +502,14 @@ def test_the_sweep_of_the_readme(tmp_path, environment):
         check=True,
     )
     assert (tmp_path / "sweep.png").exists()
+
+
+def test_the_environment_of_the_readme(run, tmp_path):
+    (tmp_path / "point.py").write_text(readme_block("environment"))
+    flags = ["--num-seeds", 2, "--total-timesteps", 40_960]
+    code, _, errors = run("--env-id", "point:any", *flags)
+    assert code == 0, errors
+    rows = rows_of(only_run(tmp_path) / "evaluation.csv")
+    assert {row["episodic_length"] for row in rows} == {"20"}
+    # It begins .8 away on average: to stay there costs 16, to walk home about 2.5.
+    assert np.mean([float(row["episodic_return"]) for row in rows]) > -4

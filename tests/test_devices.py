@@ -10,9 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import chex
 import jax
-import numpy as np
 import pytest
 from conftest import ROOT
 from test_command_line import (
@@ -37,22 +35,29 @@ def devices(number):
 TRAIN = """
 import importlib, re, sys
 from dataclasses import replace
-import jax, numpy as np
+import chex, jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 script = importlib.import_module(sys.argv[1])
 config = script.default_config(sys.argv[2])
 config = replace(config, num_seeds=8, total_timesteps=4 * config.batch_size, normalize_obs=True)
-assert jax.device_count() == int(sys.argv[3])
 seeds = np.arange(8)
-run = script.over_seeds(lambda seed: script.train(config, jax.random.key(seed)))
-exchanges = re.findall(r"all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv",
-                       run.lower(seeds).compile().as_text())
-assert not exchanges, exchanges
-state, metrics = run(seeds)
-assert len(state.obs.sharding.device_set) == jax.device_count()
-state = state._replace(key=jax.random.key_data(state.key))
-leaves = jax.tree.leaves(jax.device_get((state, metrics)))
-assert all(len(x) == 8 for x in leaves)
-np.savez(sys.argv[4], *leaves)
+
+def train():
+    run = script.over_seeds(lambda seed: script.train(config, jax.random.key(seed)))
+    compiled = run.lower(seeds).compile()
+    exchanges = r"all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv"
+    assert not re.findall(exchanges, compiled.as_text())
+    state, metrics = run(seeds)
+    state = state._replace(key=jax.random.key_data(state.key))
+    return len(state.obs.sharding.device_set), jax.device_get((state, metrics))
+
+number, four = train()
+assert number == jax.device_count() == 4
+first = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+script.seed_axis = lambda: NamedSharding(first, PartitionSpec("seed"))
+number, one = train()
+assert number == 1
+chex.assert_trees_all_equal(four, one)
 """
 
 
@@ -65,25 +70,17 @@ np.savez(sys.argv[4], *leaves)
         ("trpo", "CartPole-v1"),  # has a loop whose length differs between seeds
     ],
 )
-def test_four_devices_compute_the_bits_of_one_without_talking(
-    script, env_id, environment, tmp_path
-):
+def test_four_devices_compute_the_bits_of_one_without_talking(script, env_id, environment):
     # Eight seeds on one device, two on each of four. Without the flag XLA takes other loops for the
     # sums of two seeds than for those of eight. (`normalize_obs` covers the statistics, too.)
-    results = []
-    for number in (1, 4):
-        flags = f"{devices(number)['XLA_FLAGS']} --xla_cpu_experimental_ynn_fusion_type=-reduce"
-        path = tmp_path / f"{number}.npz"
-        subprocess.run(
-            [sys.executable, "-c", TRAIN, script, env_id, str(number), str(path)],
-            cwd=ROOT,
-            env={**environment, "XLA_FLAGS": flags},
-            check=True,
-            timeout=300,
-        )
-        with np.load(path) as file:
-            results.append([file[name] for name in file.files])
-    chex.assert_trees_all_equal(*results)
+    flags = f"{devices(4)['XLA_FLAGS']} --xla_cpu_experimental_ynn_fusion_type=-reduce"
+    subprocess.run(
+        [sys.executable, "-c", TRAIN, script, env_id],
+        cwd=ROOT,
+        env={**environment, "XLA_FLAGS": flags},
+        check=True,
+        timeout=300,
+    )
 
 
 def test_seeds_must_divide_over_the_devices(environment, tmp_path):

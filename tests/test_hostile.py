@@ -360,7 +360,7 @@ def test_a_platform_that_is_not_there(platform, run):
 
 def test_a_terminal_without_greek(run):
     code, said = run(*SMALL, "640", PYTHONIOENCODING="ascii")
-    assert code == 0 and "500.00 ? 0.00" in said or "? " in said
+    assert code == 0 and re.search(r"\d\.\d\d \? \d+\.\d\d", said)
     code, said = run("--help", PYTHONIOENCODING="ascii")
     assert code == 0 and "discount ?" in said
 

@@ -36,7 +36,7 @@ SAME_WITHIN = {
 OWN_LINES = {
     "Flags": [],
     "bound_action": ["if hasattr(space, 'n'):", "return action"],
-    "make_env": ["if not hasattr(env.action_space, ", "raise Failure(f'{env_id} has "],
+    "make_env": ["if not hasattr(", "space = getattr(", "raise Failure(f'{env_id} has "],
     "evaluate": ["actor = Actor(", "action = bound_action("],
     "normalize_advantage": [],
     "validate": ["may_be_zero = ", "most = "],
@@ -121,6 +121,7 @@ def common(name, definition):
         text = text.replace("gradient, metrics = jax.grad(loss, has_aux=True)(", "GRADIENT(")
         text = text.replace("value_loss, gradient = jax.value_and_grad(loss)(", "GRADIENT(")
         text = text.replace("params, state.beta, ", "params, ")
+        text = text.replace("take(indices)", "jax.tree.map(lambda x: x[indices], batch)")
         text = text.replace("opt_state), metrics", "opt_state), LOSS")
         text = text.replace("opt_state), value_loss", "opt_state), LOSS")
     own = tuple(OWN_LINES[definition])
@@ -254,6 +255,7 @@ def test_above_the_divider_is_the_algorithm_alone(script):
         "validate",
         "make_env",
         "shuffled_indices",
+        *(["make_take"] if script != "trpo" else []),  # TRPO's batch is two arrays
     }
     assert "callback" not in ast.unparse(above) and "jax.debug" not in ast.unparse(above)
 
