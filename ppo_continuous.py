@@ -13,8 +13,8 @@ The policy is a Gaussian in each action dimension, with a deviation that no stat
     ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
-    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1},    V_target = Â_t + V(s_t)      (eq. 11)
-    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)                                                    (eq. 12)
+    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1},    V_target = Â_t + V(s_t)     (eq. 11*)
+    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)             (eq. 12; * whose exponent T-t+1 is a misprint)
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
     ρ_t ratio              Â_t advantage            V value          V_target target
@@ -29,7 +29,7 @@ The policy is a Gaussian in each action dimension, with a deviation that no stat
 
 Departures from the paper, most of them in Huang et al. 2022 ("The 37 Implementation Details of
 Proximal Policy Optimization"):
-- V stands for the rewards that a time limit cut off; a true end has none;
+- after a time limit V stands for the rewards that were cut off, but not after a terminal state;
 - advantages are normalised per minibatch;
 - rewards and observations are scaled by running statistics and clipped;
 - actions are clipped, and stretched to the bounds;
@@ -66,7 +66,7 @@ class Config:
     num_envs: int = 16  # environments per seed (N)
     num_steps: int = 256  # steps of each environment per update (T)
     learning_rate: float = 1e-3  # Adam's step size at the start
-    anneal_lr: bool = True  # let the learning rate fall linearly to zero
+    anneal_lr: bool = True  # let the learning rate fall linearly towards zero
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     update_epochs: int = 8  # passes over each rollout (K)
@@ -138,8 +138,8 @@ def bound_action(action, space):
 def orthogonal(scale):
     """Initialiser: `scale` times a random matrix with orthonormal rows or columns.
 
-    Batched QR decompositions, as `nn.initializers.orthogonal` needs for many seeds, can wait for
-    each other for ever on few cores. x ← 3/2 x - 1/2 x xᵀx drives all singular values to 1 instead.
+    Batched QR decompositions, as `nn.initializers.orthogonal` needs for many seeds, can deadlock on
+    few cores. Newton-Schulz: x ← 3/2 x - 1/2 x xᵀx drives all singular values below √3 to 1.
     """
 
     def init(key, shape, dtype=jnp.float32):
@@ -153,7 +153,7 @@ def orthogonal(scale):
 
 def mlp(x, hidden_sizes, activation, size, scale):
     """[..., D] -> [..., size], in a Linen module; `scale` is that of the last layer's weights."""
-    for width in hidden_sizes:  # √2 makes up for what ReLU takes away (Huang et al., detail 2)
+    for width in hidden_sizes:  # √2: for what ReLU takes away, customary with tanh, too (detail 2)
         x = getattr(nn, activation)(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
     return nn.Dense(size, kernel_init=orthogonal(scale))(x)
 
@@ -189,7 +189,7 @@ class Critic(nn.Module):
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+    """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
     λ = 1 sums all rewards that followed (little bias, much noise), λ = 0 is δ_t alone (the
     reverse). `terminated` stops the bootstrap: after a true end nothing follows. `done` (that, or
@@ -206,8 +206,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
-    start = jnp.zeros_like(delta[0])  # unrolled, since a step is only a handful of operations
-    _, advantage = jax.lax.scan(step, start, (delta, done), reverse=True, unroll=16)
+    end = jnp.zeros_like(delta[0])  # no sum beyond the rollout; unrolled, since steps are tiny
+    _, advantage = jax.lax.scan(step, end, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
 
@@ -335,11 +335,11 @@ def make_train(config, env=None):
     critic = Critic(config.hidden_sizes, config.activation)
     minibatch_size = config.batch_size // config.num_minibatches
     dims = chex.Dimensions(T=config.num_steps, N=config.num_envs, M=minibatch_size)
-    gradient_steps = config.update_epochs * config.num_minibatches  # per update
+    per_update = config.update_epochs * config.num_minibatches  # gradient steps
 
-    def learning_rate(gradient_step):
-        """Adam's step size; it stays the same within an update (Huang et al., detail 4)."""
-        progress = gradient_step // gradient_steps / config.num_updates if config.anneal_lr else 0.0
+    def learning_rate(count):
+        """Adam's step size after `count` gradient steps, the same within an update (detail 4)."""
+        progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
     # `flatten` turns a dozen small arrays into one vector, on which both cost a few operations
@@ -416,7 +416,7 @@ def make_train(config, env=None):
         state, rollout = jax.lax.scan(act, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were when the policy acted: their
-        # new statistics are for the next iteration. The scale of the rewards is one factor for all.
+        # new statistics are for the next iteration. Rewards may know theirs: it is only a scale.
         # V(s_{t+1}) is not V(s_t) moved by a row: where an episode ended, a reset lies between.
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
@@ -457,7 +457,7 @@ def make_train(config, env=None):
             **jax.tree.map(jnp.mean, losses),
             # 1 if V predicts its targets (but for a constant), 0 if no better than a constant.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
-            "learning_rate": learning_rate(state.updates_done * gradient_steps),
+            "learning_rate": learning_rate(state.updates_done * per_update),
         }
         count = state.updates_done + 1
         state = state._replace(params=params, opt_state=opt_state, updates_done=count, key=key)
@@ -513,6 +513,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 import contextlib
 import difflib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -527,7 +528,6 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -566,16 +566,19 @@ def validate(config: Config) -> None:
     """Raise Failure on values that cannot work; arrays, which may be traced, pass unseen."""
     may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
     for name, value in vars(config).items():
-        kind = int if name == "hidden_sizes" else type(getattr(Config, name))
+        default = getattr(Config, name)
+        kind = type(default[0] if isinstance(default, tuple) else default)
         most = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if kind is int else 3e38
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array):
+            if isinstance(x, jax.Array) or default is None:
                 continue
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
                 least = "0" if name in may_be_zero else "more than 0"
                 raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+    if config.activation not in ("tanh", "relu"):
+        raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches
     if size % parts or size < 2 * parts:
         equal = f"num_minibatches = {parts} equal parts of 2 or more"
@@ -730,7 +733,8 @@ def load_config(run_dir: str | Path) -> Config:
     try:
         stored = json.loads((Path(run_dir) / "config.json").read_text())
         made_by = stored.pop("script"), stored.pop("format", 1)
-        config = Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
+        stored = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
+        config = Config(**stored)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Failure(f"{run_dir} has no configuration of a run: {error!r}") from None
     if made_by != (SCRIPT, FORMAT):
@@ -909,7 +913,8 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps
         print(f"{cut} episodes had no end after {max_steps} steps and were cut there")
     scores = returns.mean(axis=1)
     iqm = partial(scipy.stats.trim_mean, proportiontocut=0.25)  # Agarwal et al. 2021
-    text = f"\ninterquartile mean over seeds: {iqm(scores):.2f}"
+    name = "interquartile mean" if config.num_seeds > 3 else "mean"
+    text = f"\n{name} over seeds: {iqm(scores):.2f}"
     if config.num_seeds > 1:
         bootstrap = scipy.stats.bootstrap((scores,), iqm, method="percentile", batch=999, rng=0)
         low, high = bootstrap.confidence_interval
@@ -945,7 +950,9 @@ def create_run(config: Config) -> str:
     """The directory of a new run, named by what it is and when it began."""
     name = f"{re.sub(r'[^-.a-zA-Z0-9_]', '_', config.env_id)}__{SCRIPT}__{config.seed}"
     Path("runs").mkdir(exist_ok=True)
-    for second in count(int(time.time())):  # another run may have begun in the same second
+    for second in itertools.count(
+        int(time.time())
+    ):  # another run may have begun in the same second
         run_dir = Path("runs") / time.strftime(f"{name}__%Y%m%d-%H%M%S", time.gmtime(second))
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
@@ -1132,18 +1139,19 @@ def run_command(flags: Flags) -> int:
 
 
 class Terminal:
-    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop. Only the
-    thread that made it is heard: Orbax's say at length what the run says in a sentence."""
+    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop. If `thread`
+    is given it alone is heard: Orbax's say at length what the run says in a sentence."""
 
-    def __init__(self, stream):
-        self.stream, self.thread = stream, threading.current_thread()
+    def __init__(self, stream, thread=None):
+        self.stream, self.thread = stream, thread
         self.write, self.flush = (partial(self.attempt, name) for name in ("write", "flush"))
         self.attempt("reconfigure", errors="replace")  # terminals without γ
-        logging.getLogger("absl").addFilter(lambda record: record.thread == self.thread.ident)
+        is_heard = lambda record: thread is None or record.thread == thread.ident
+        logging.getLogger("absl").addFilter(is_heard)
 
     def attempt(self, name, *arguments, **options):
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            if threading.current_thread() is self.thread:
+            if self.thread in (None, threading.current_thread()):
                 getattr(self.stream, name)(*arguments, **options)
 
     def __getattr__(self, name):
@@ -1159,7 +1167,9 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"not enough memory: {brief(error)}", 2
     if isinstance(error, AssertionError) and "Chex" in str(error):
-        return f"an array has another shape than it should: {brief(error)}", 2
+        ours = [x for x in traceback.extract_tb(error.__traceback__) if x.filename == __file__]
+        place = f"line {ours[-1].lineno} of {SCRIPT}.py"
+        return f"an array has another shape than it should ({place}): {brief(error)}", 2
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         return f"the processes cannot go on together: {brief(error)}; start all with --resume", 1
     return "".join(
@@ -1169,7 +1179,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def main() -> None:
     """The command line: whatever ends it becomes a sentence and an exit code."""
-    out, err = Terminal(sys.stdout), Terminal(sys.stderr)
+    out, err = Terminal(sys.stdout), Terminal(sys.stderr, threading.current_thread())
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             flags = parse_flags()

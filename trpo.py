@@ -14,8 +14,8 @@ data of the old policy can be trusted: measured in the policies' outputs, not in
     solved by          x = √( 2δ / gᵀF⁻¹g ) F⁻¹g, along the natural gradient          (appendix C)
 
 F is never formed: conjugate gradient solves F x = g from products F v. λ is added to its diagonal
-(damping), since some directions in θ hardly change the policy. The step is a proposal: a line
-search shortens it until L, on the data, has grown and the KL itself is at most δ; else θ stays.
+(damping), since some directions in θ hardly change the policy; so the step's KL is less than δ. The
+step is a proposal: a line search shortens it until L, on the data, has grown and KL ≤ δ.
 V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: docs/derivations.md.
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
@@ -30,7 +30,8 @@ V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: d
 
 Departures from the paper: advantages by GAE with a learned critic (Schulman et al. 2016), and
 normalised; F is damped, and computed from all states; a time limit, like the end of a rollout, is
-no end for V; observations and rewards are scaled by running statistics; weights start orthogonal.
+no end for V; observations and rewards are scaled by running statistics (δ holds under those with
+which the policy acted); actions are clipped and stretched to bounds; weights start orthogonal.
 """
 
 import math
@@ -71,7 +72,7 @@ class Config:
     line_search_tries: int = 10  # steps to try, the full one included
     line_search_ratio: float = 0.8  # length of each, as a fraction of the one before
     learning_rate: float = 1e-3  # the critic's: Adam's step size at the start
-    anneal_lr: bool = True  # let the learning rate fall linearly to zero
+    anneal_lr: bool = True  # let the learning rate fall linearly towards zero
     update_epochs: int = 10  # the critic's passes over each rollout (K)
     num_minibatches: int = 8  # minibatches per pass
     normalize_obs: bool = True  # scale observations by their running mean and deviation
@@ -174,8 +175,8 @@ def bound_action(action, space):
 def orthogonal(scale):
     """Initialiser: `scale` times a random matrix with orthonormal rows or columns.
 
-    Batched QR decompositions, as `nn.initializers.orthogonal` needs for many seeds, can wait for
-    each other for ever on few cores. x ← 3/2 x - 1/2 x xᵀx drives all singular values to 1 instead.
+    Batched QR decompositions, as `nn.initializers.orthogonal` needs for many seeds, can deadlock on
+    few cores. Newton-Schulz: x ← 3/2 x - 1/2 x xᵀx drives all singular values below √3 to 1.
     """
 
     def init(key, shape, dtype=jnp.float32):
@@ -189,7 +190,7 @@ def orthogonal(scale):
 
 def mlp(x, hidden_sizes, activation, size, scale):
     """[..., D] -> [..., size], in a Linen module; `scale` is that of the last layer's weights."""
-    for width in hidden_sizes:  # √2 makes up for what ReLU takes away (Huang et al., detail 2)
+    for width in hidden_sizes:  # √2: for what ReLU takes away, customary with tanh, too (detail 2)
         x = getattr(nn, activation)(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
     return nn.Dense(size, kernel_init=orthogonal(scale))(x)
 
@@ -230,7 +231,7 @@ class Critic(nn.Module):
 
 
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
-    """Generalised advantage estimation (eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
+    """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
     λ = 1 sums all rewards that followed (little bias, much noise), λ = 0 is δ_t alone (the
     reverse). `terminated` stops the bootstrap: after a true end nothing follows. `done` (that, or
@@ -247,13 +248,13 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         advantage = delta + gamma * gae_lambda * (1.0 - done) * advantage
         return advantage, advantage
 
-    start = jnp.zeros_like(delta[0])  # unrolled, since a step is only a handful of operations
-    _, advantage = jax.lax.scan(step, start, (delta, done), reverse=True, unroll=16)
+    end = jnp.zeros_like(delta[0])  # no sum beyond the rollout; unrolled, since steps are tiny
+    _, advantage = jax.lax.scan(step, end, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1. The scale changes no step, and the mean would only add noise."""
+    """Mean 0, since a mean would only add noise, and deviation 1, on which no step depends."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -454,12 +455,11 @@ def make_train(config, env=None):
     env = env or make_env(config.env_id)
     actor = Actor(env.action_space, config.hidden_sizes, config.activation)
     critic = Critic(config.hidden_sizes, config.activation)
-    dims = chex.Dimensions(T=config.num_steps, N=config.num_envs)
-    gradient_steps = config.update_epochs * config.num_minibatches  # per update
+    per_update = config.update_epochs * config.num_minibatches  # gradient steps
 
-    def learning_rate(gradient_step):
-        """Adam's step size; it stays the same within an update (Huang et al., detail 4)."""
-        progress = gradient_step // gradient_steps / config.num_updates if config.anneal_lr else 0.0
+    def learning_rate(count):
+        """Adam's step size after `count` gradient steps, the same within an update (detail 4)."""
+        progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
     # `flatten` makes one vector of many small arrays, which is faster; ε is OpenAI's (detail 3).
@@ -491,7 +491,7 @@ def make_train(config, env=None):
             env_keys, state.env_state, bound_action(action, env.action_space)
         )  # next_obs is s_{t+1}; where the episode ended, reset_obs opens the next one
         chex.assert_equal_shape([state.obs, next_obs, reset_obs])
-        chex.assert_shape([reward, terminated, truncated], dims["N"])
+        chex.assert_shape([reward, terminated, truncated], (config.num_envs,))
         total, length, discounted = state.episode
         episode = Episode(total + reward, length + 1, config.gamma * discounted + reward)
         done = terminated | truncated
@@ -502,7 +502,6 @@ def make_train(config, env=None):
 
     def policy_step(params, obs, action, advantage):
         """One step of the actor for the whole rollout, all [T, N, ...]: propose and search."""
-        chex.assert_shape(advantage, dims["TN"])
         theta, unravel = ravel_pytree(params)  # all parameters as one vector [P]
         policy_at = lambda theta: actor.apply(unravel(theta), obs)
         old_policy = policy_at(theta)  # π_old: the statistics are still those of the rollout
@@ -510,12 +509,14 @@ def make_train(config, env=None):
         L = lambda policy: surrogate(jnp.exp(policy.log_prob(action) - old_log_prob), advantage)
         old_L, gradient = jax.value_and_grad(lambda theta: L(policy_at(theta)))(theta)
         F = fisher_vector_product(policy_at, theta)
-        settings = config.max_kl, config.cg_damping, config.cg_iterations
-        step, cg_residual = trust_region_step(F, gradient, *settings)
+        step, cg_residual = trust_region_step(
+            F, gradient, config.max_kl, config.cg_damping, config.cg_iterations
+        )
         gain = lambda policy: (L(policy) - old_L, old_policy.kl(policy).mean())
         measure = lambda theta: gain(policy_at(theta))
-        tries = config.line_search_tries, config.line_search_ratio
-        search = line_search(measure, theta, step, config.max_kl, *tries)
+        search = line_search(
+            measure, theta, step, config.max_kl, config.line_search_tries, config.line_search_ratio
+        )
         metrics = dict(surrogate_improvement=search.improvement, kl=search.kl)
         metrics |= dict(step_accepted=jnp.float32(search.accepted), line_search_steps=search.tries)
         metrics |= dict(cg_residual=cg_residual, entropy=old_policy.entropy().mean())
@@ -531,7 +532,7 @@ def make_train(config, env=None):
         state, rollout = jax.lax.scan(act, state, (action_keys, env_keys))
 
         # Estimate advantages. Observations are normalised as they were when the policy acted: their
-        # new statistics are for the next iteration. The scale of the rewards is one factor for all.
+        # new statistics are for the next iteration. Rewards may know theirs: it is only a scale.
         # V(s_{t+1}) is not V(s_t) moved by a row: where an episode ended, a reset lies between.
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
@@ -577,7 +578,7 @@ def make_train(config, env=None):
             "value_loss": value_losses.mean(),
             # 1 if V predicts its targets (but for a constant), 0 if no better than a constant.
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
-            "learning_rate": learning_rate(state.updates_done * gradient_steps),
+            "learning_rate": learning_rate(state.updates_done * per_update),
         }
         count = state.updates_done + 1
         state = state._replace(params=params, opt_state=opt_state, updates_done=count, key=key)
@@ -633,6 +634,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 import contextlib
 import difflib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -646,7 +648,6 @@ import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -688,7 +689,8 @@ def validate(config: Config) -> None:
     """Raise Failure on values that cannot work; arrays, which may be traced, pass unseen."""
     may_be_zero = {"seed", "gamma", "gae_lambda", "cg_damping"}
     for name, value in vars(config).items():
-        kind = int if name == "hidden_sizes" else type(getattr(Config, name))
+        default = getattr(Config, name)
+        kind = type(default[0] if isinstance(default, tuple) else default)
         most = (
             1
             if name in ("gamma", "gae_lambda", "line_search_ratio")
@@ -697,13 +699,15 @@ def validate(config: Config) -> None:
             else 3e38
         )
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array):
+            if isinstance(x, jax.Array) or default is None:
                 continue
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
                 least = "0" if name in may_be_zero else "more than 0"
                 raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+    if config.activation not in ("tanh", "relu"):
+        raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches
     if size % parts or size < 2 * parts:
         equal = f"num_minibatches = {parts} equal parts of 2 or more"
@@ -847,7 +851,8 @@ def load_config(run_dir: str | Path) -> Config:
     try:
         stored = json.loads((Path(run_dir) / "config.json").read_text())
         made_by = stored.pop("script"), stored.pop("format", 1)
-        config = Config(**stored | {"hidden_sizes": tuple(stored["hidden_sizes"])})
+        stored = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
+        config = Config(**stored)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Failure(f"{run_dir} has no configuration of a run: {error!r}") from None
     if made_by != (SCRIPT, FORMAT):
@@ -1026,7 +1031,8 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps
         print(f"{cut} episodes had no end after {max_steps} steps and were cut there")
     scores = returns.mean(axis=1)
     iqm = partial(scipy.stats.trim_mean, proportiontocut=0.25)  # Agarwal et al. 2021
-    text = f"\ninterquartile mean over seeds: {iqm(scores):.2f}"
+    name = "interquartile mean" if config.num_seeds > 3 else "mean"
+    text = f"\n{name} over seeds: {iqm(scores):.2f}"
     if config.num_seeds > 1:
         bootstrap = scipy.stats.bootstrap((scores,), iqm, method="percentile", batch=999, rng=0)
         low, high = bootstrap.confidence_interval
@@ -1062,7 +1068,9 @@ def create_run(config: Config) -> str:
     """The directory of a new run, named by what it is and when it began."""
     name = f"{re.sub(r'[^-.a-zA-Z0-9_]', '_', config.env_id)}__{SCRIPT}__{config.seed}"
     Path("runs").mkdir(exist_ok=True)
-    for second in count(int(time.time())):  # another run may have begun in the same second
+    for second in itertools.count(
+        int(time.time())
+    ):  # another run may have begun in the same second
         run_dir = Path("runs") / time.strftime(f"{name}__%Y%m%d-%H%M%S", time.gmtime(second))
         with contextlib.suppress(FileExistsError):
             run_dir.mkdir()
@@ -1249,18 +1257,19 @@ def run_command(flags: Flags) -> int:
 
 
 class Terminal:
-    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop. Only the
-    thread that made it is heard: Orbax's say at length what the run says in a sentence."""
+    """A standard stream; a write that fails, as to a closed pipe, is no reason to stop. If `thread`
+    is given it alone is heard: Orbax's say at length what the run says in a sentence."""
 
-    def __init__(self, stream):
-        self.stream, self.thread = stream, threading.current_thread()
+    def __init__(self, stream, thread=None):
+        self.stream, self.thread = stream, thread
         self.write, self.flush = (partial(self.attempt, name) for name in ("write", "flush"))
         self.attempt("reconfigure", errors="replace")  # terminals without γ
-        logging.getLogger("absl").addFilter(lambda record: record.thread == self.thread.ident)
+        is_heard = lambda record: thread is None or record.thread == thread.ident
+        logging.getLogger("absl").addFilter(is_heard)
 
     def attempt(self, name, *arguments, **options):
         with contextlib.suppress(AttributeError, OSError, ValueError):
-            if threading.current_thread() is self.thread:
+            if self.thread in (None, threading.current_thread()):
                 getattr(self.stream, name)(*arguments, **options)
 
     def __getattr__(self, name):
@@ -1276,7 +1285,9 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"not enough memory: {brief(error)}", 2
     if isinstance(error, AssertionError) and "Chex" in str(error):
-        return f"an array has another shape than it should: {brief(error)}", 2
+        ours = [x for x in traceback.extract_tb(error.__traceback__) if x.filename == __file__]
+        place = f"line {ours[-1].lineno} of {SCRIPT}.py"
+        return f"an array has another shape than it should ({place}): {brief(error)}", 2
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         return f"the processes cannot go on together: {brief(error)}; start all with --resume", 1
     return "".join(
@@ -1286,7 +1297,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 def main() -> None:
     """The command line: whatever ends it becomes a sentence and an exit code."""
-    out, err = Terminal(sys.stdout), Terminal(sys.stderr)
+    out, err = Terminal(sys.stdout), Terminal(sys.stderr, threading.current_thread())
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             flags = parse_flags()

@@ -147,7 +147,7 @@ class Case:
                 '"$@" 2>&-',
                 '"$@" >&- 2>&- <&-',
                 '"$@" >/dev/full 2>&1',
-                '"$@" 2>&1 | (sleep 3; exec <&-; sleep 60)',
+                '"$@" 2>&1 | (sleep 3; exec <&-; sleep 8)',
             ]
         )
         process = self.start(*SMALL, shell=shell + "; exit ${PIPESTATUS[0]}")
