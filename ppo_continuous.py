@@ -334,7 +334,6 @@ def make_train(config, env=None):
     actor = Actor(math.prod(env.action_space.shape), config.hidden_sizes, config.activation)
     critic = Critic(config.hidden_sizes, config.activation)
     minibatch_size = config.batch_size // config.num_minibatches
-    dims = chex.Dimensions(T=config.num_steps, N=config.num_envs, M=minibatch_size)
     per_update = config.update_epochs * config.num_minibatches  # gradient steps
 
     def learning_rate(count):
@@ -373,7 +372,7 @@ def make_train(config, env=None):
             env_keys, state.env_state, bound_action(action, env.action_space)
         )  # next_obs is s_{t+1}; where the episode ended, reset_obs opens the next one
         chex.assert_equal_shape([state.obs, next_obs, reset_obs])
-        chex.assert_shape([reward, terminated, truncated], dims["N"])
+        chex.assert_shape([reward, terminated, truncated], (config.num_envs,))
         total, length, discounted = state.episode
         episode = Episode(total + reward, length + 1, config.gamma * discounted + reward)
         log_prob, done = policy.log_prob(action), terminated | truncated
@@ -386,7 +385,7 @@ def make_train(config, env=None):
 
     def loss(params, obs, action, old_log_prob, old_value, advantage, target):
         """The negative of eq. 9 on a minibatch, and the metrics."""
-        chex.assert_shape([old_log_prob, old_value, advantage, target], dims["M"])
+        chex.assert_shape([old_log_prob, old_value, advantage, target], (minibatch_size,))
         policy = actor.apply(params["actor"], obs)
         value = critic.apply(params["critic"], obs)  # [M]
         log_ratio = policy.log_prob(action) - old_log_prob

@@ -379,7 +379,6 @@ def make_train(config, env=None):
     actor = Actor(env.action_space, config.hidden_sizes, config.activation)
     critic = Critic(config.hidden_sizes, config.activation)
     minibatch_size = config.batch_size // config.num_minibatches
-    dims = chex.Dimensions(T=config.num_steps, N=config.num_envs, M=minibatch_size)
     per_update = config.update_epochs * config.num_minibatches  # gradient steps
 
     def learning_rate(count):
@@ -419,7 +418,7 @@ def make_train(config, env=None):
             env_keys, state.env_state, bound_action(action, env.action_space)
         )  # next_obs is s_{t+1}; where the episode ended, reset_obs opens the next one
         chex.assert_equal_shape([state.obs, next_obs, reset_obs])
-        chex.assert_shape([reward, terminated, truncated], dims["N"])
+        chex.assert_shape([reward, terminated, truncated], (config.num_envs,))
         total, length, discounted = state.episode
         episode = Episode(total + reward, length + 1, config.gamma * discounted + reward)
         done = terminated | truncated
@@ -432,7 +431,7 @@ def make_train(config, env=None):
 
     def loss(params, beta, obs, action, old_policy, old_log_prob, advantage, target):
         """The negative of eq. 8 on a minibatch plus the value loss, and the metrics."""
-        chex.assert_shape([old_log_prob, advantage, target], dims["M"])
+        chex.assert_shape([old_log_prob, advantage, target], (minibatch_size,))
         policy = actor.apply(params["actor"], obs)
         value = critic.apply(params["critic"], obs)  # [M]
         ratio = jnp.exp(policy.log_prob(action) - old_log_prob)
