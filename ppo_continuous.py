@@ -949,11 +949,9 @@ def create_run(config: Config) -> str:
     """The directory of a new run, named by what it is and when it began."""
     name = f"{re.sub(r'[^-.a-zA-Z0-9_]', '_', config.env_id)}__{SCRIPT}__{config.seed}"
     Path("runs").mkdir(exist_ok=True)
-    for second in itertools.count(
-        int(time.time())
-    ):  # another run may have begun in the same second
+    for second in itertools.count(int(time.time())):
         run_dir = Path("runs") / time.strftime(f"{name}__%Y%m%d-%H%M%S", time.gmtime(second))
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError):  # of a run that began in the same second
             run_dir.mkdir()
             break
     stored = {"format": FORMAT, "script": SCRIPT, **asdict(config)}
@@ -1089,11 +1087,8 @@ def run_command(flags: Flags) -> int:
     mine = {**asdict(config), "resume": flags.resume, "folder": os.getcwd()}
     mine = {name: str(value) for name, value in mine.items()}
     for i, other in enumerate(exchange(mine)):
-        differ = [
-            f"{name} {other[name]} (here {mine[name]})"
-            for name in mine
-            if other[name] != mine[name]
-        ]
+        differ = [name for name in mine if other[name] != mine[name]]
+        differ = [f"{name} {other[name]} (here {mine[name]})" for name in differ]
         if differ:
             raise Failure(f"process {i} was started with another {', '.join(differ)}")
     scale = f"{config.num_seeds} seeds x {config.num_updates} updates x {config.batch_size} steps"
@@ -1171,9 +1166,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"an array has another shape than it should ({place}): {brief(error)}", 2
     if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
         return f"the processes cannot go on together: {brief(error)}; start all with --resume", 1
-    return "".join(
-        ["the program, or the environment, failed\n", *traceback.format_exception(error)]
-    ), 1
+    frames = "".join(traceback.format_exception(error))
+    return f"the program, or the environment, failed\n{frames}", 1
 
 
 def main() -> None:
