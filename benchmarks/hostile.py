@@ -116,7 +116,8 @@ class Case:
             if not resumes:
                 shutil.rmtree(self.folder / "runs", ignore_errors=True)
             process = self.start(*arguments, often=self.random.random() < 0.5)
-            moment = time.monotonic() + self.random.uniform(0.05, 8)
+            # Not at once: a signal in Python's own start gets Python's own traceback.
+            moment = time.monotonic() + self.random.uniform(0.3, 8)
             rows = self.random.choice([None, 0, 5, 200, 600])
             while time.monotonic() < moment and process.poll() is None:
                 time.sleep(0.005)
