@@ -293,3 +293,13 @@ def test_the_readme_quotes_the_scripts():
         source = (ROOT / script).read_text()
         indented = (textwrap.indent(code, " " * width) for width in range(0, 20, 4))
         assert any(code in source for code in indented), f"{script} has no longer:\n{code}"
+
+
+@pytest.mark.parametrize("script", NAMES)
+def test_the_script_metadata_lists_the_requirements(script):
+    # What `uv run` installs is the run-time part of requirements.txt.
+    text = (ROOT / "requirements.txt").read_text().split("# tests")[0]
+    wanted = [line.split("#")[0].strip() for line in text.splitlines()]
+    block = (ROOT / f"{script}.py").read_text().split("# /// script\n")[1]
+    assert block.endswith("# ]\n# ///\n")
+    assert re.findall(r'^#     "(.*)",$', block, re.MULTILINE) == [x for x in wanted if x]
