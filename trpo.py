@@ -234,7 +234,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
     λ = 1 sums all rewards that followed (little bias, much noise), λ = 0 is δ_t alone (the
-    reverse). `terminated` stops the bootstrap: after a true end nothing follows. `done` (that, or
+    reverse). `terminated` stops the bootstrap: nothing follows a terminal state. `done` (that, or
     cut by a time limit) stops the sum: the next row is another episode. A step that was only cut
     bootstraps from what it led to, since the limit is no part of the task (Pardo et al. 2018,
     arXiv:1712.00378). All arrays [T, N]; returns Â and the critic's target Â + V, both [T, N].
