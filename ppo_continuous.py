@@ -431,7 +431,7 @@ def make_train(config, env=None):
             reward, value, next_value, terminated, done, config.gamma, config.gae_lambda
         )
 
-        # Take the epochs, as one scan over all their minibatches.
+        # Take the epochs: each uses every transition once, in a random order. One scan over all.
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         batch = dict(obs=obs, action=rollout.action, old_log_prob=rollout.log_prob)
         batch |= dict(old_value=value, advantage=advantage, target=target)
@@ -458,9 +458,8 @@ def make_train(config, env=None):
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * per_update),
         }
-        count = state.updates_done + 1
-        state = state._replace(params=params, opt_state=opt_state, updates_done=count, key=key)
-        return state, metrics
+        state = state._replace(params=params, opt_state=opt_state, key=key)
+        return state._replace(updates_done=state.updates_done + 1), metrics
 
     return init, update
 

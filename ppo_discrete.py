@@ -29,7 +29,7 @@ moves away from the π_old that acted; the ratio ρ_t corrects for the differenc
 Departures from the paper, most of them in Huang et al. 2022 ("The 37 Implementation Details of
 Proximal Policy Optimization"):
 - after a time limit V stands for the rewards that were cut off, but not after a terminal state;
-- advantages are normalised per minibatch;
+- advantages are normalised per minibatch; the actor rests while its KL is larger than max_kl;
 - rewards, and observations on request, are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½ and, on request, a clip.
@@ -71,6 +71,7 @@ class Config:
     num_minibatches: int = 8  # minibatches per pass
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
+    max_kl: float = 0.02  # the actor rests while approx_kl of a minibatch is larger than this
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
     vf_coef: float = 0.5  # weight of the value loss (c_1); of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
@@ -411,7 +412,7 @@ def make_train(config, env=None):
             reward, value, next_value, terminated, done, config.gamma, config.gae_lambda
         )
 
-        # Take the epochs, as one scan over all their minibatches.
+        # Take the epochs: each uses every transition once, in a random order. One scan over all.
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         batch = dict(obs=obs, action=rollout.action, old_log_prob=rollout.log_prob)
         batch |= dict(old_value=value, advantage=advantage, target=target)
@@ -423,6 +424,9 @@ def make_train(config, env=None):
             minibatch = take(indices)  # the arguments of `loss` by name, [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
+            # Once all actions are equally good, advantages are noise, which could carry it far off.
+            rests = metrics["approx_kl"] > config.max_kl
+            change["actor"] = jax.tree.map(lambda x: jnp.where(rests, 0.0, x), change["actor"])
             return (optax.apply_updates(params, change), opt_state), metrics
 
         (params, opt_state), losses = jax.lax.scan(
@@ -438,9 +442,8 @@ def make_train(config, env=None):
             "explained_variance": 1.0 - jnp.var(target - value) / jnp.var(target),
             "learning_rate": learning_rate(state.updates_done * per_update),
         }
-        count = state.updates_done + 1
-        state = state._replace(params=params, opt_state=opt_state, updates_done=count, key=key)
-        return state, metrics
+        state = state._replace(params=params, opt_state=opt_state, key=key)
+        return state._replace(updates_done=state.updates_done + 1), metrics
 
     return init, update
 

@@ -469,7 +469,7 @@ def make_train(config, env=None):
             reward, value, next_value, terminated, done, config.gamma, config.gae_lambda
         )
 
-        # Take the epochs, as one scan over all their minibatches.
+        # Take the epochs: each uses every transition once, in a random order. One scan over all.
         flatten = lambda x: x.reshape(config.batch_size, *x.shape[2:])  # [T, N, ...] -> [B, ...]
         batch = dict(obs=obs, action=rollout.action, old_policy=rollout.policy)
         batch |= dict(old_log_prob=rollout.policy.log_prob(rollout.action))

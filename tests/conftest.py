@@ -1,7 +1,11 @@
 """What all tests share: the scripts, small configurations, and environments with known answers."""
 
 import functools
+import importlib.util
 import os
+import re
+import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -135,6 +139,34 @@ def environment(tmp_path_factory):
 def keys():
     """Keys for a number of seeds."""
     return lambda n: jax.vmap(jax.random.key)(jnp.arange(n))
+
+
+@pytest.fixture
+def patched(tmp_path):
+    """patched("cnn") is the script that tests/edits/cnn.patch is for, as a module, changed by it.
+
+    Further names are patches to what the first one made.
+    """
+
+    def apply(*names):
+        folder = tmp_path / "_".join(names)
+        folder.mkdir()
+        patches = [ROOT / "tests" / "edits" / f"{name}.patch" for name in names]
+        (script,) = re.findall(r"^--- a/(.*)$", patches[0].read_text(), re.MULTILINE)
+        shutil.copy(ROOT / script, folder)
+        for patch in patches:
+            # The ceiling keeps git from finding a repository that the folder might lie in.
+            ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
+            command = ["git", "apply", str(patch)]
+            done = subprocess.run(command, cwd=folder, env=ceiling, capture_output=True, text=True)
+            assert done.returncode == 0, f"{patch.name} does not fit {script}:\n{done.stderr}"
+        name = f"{Path(script).stem}_{folder.name}"
+        spec = importlib.util.spec_from_file_location(name, folder / script)
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return apply
 
 
 # `jit` as outside these tests: with XLA's defaults.
