@@ -8,7 +8,7 @@ advantage Â_t compares what followed a_t with the value V(s_t), which a second 
 PPO (Schulman et al. 2017, arXiv:1707.06347) takes many gradient steps on each rollout, in which π
 moves away from the π_old that acted; the ratio ρ_t corrects for the difference. Once ρ_t has left
 [1-ε, 1+ε] in the direction that its advantage favours, the clip takes away that sample's gradient.
-The policy is a Gaussian in each action dimension, with a deviation that no state changes.
+The policy is a Gaussian in each action dimension; its standard deviation is the same in all states.
 
     ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
@@ -76,8 +76,8 @@ class Config:
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
     vf_coef: float = 0.5  # weight of the value loss (c_1); of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
-    normalize_obs: bool = True  # scale observations by their running mean and deviation
-    normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
+    normalize_obs: bool = True  # scale observations to running mean 0, variance 1
+    normalize_reward: bool = True  # divide rewards by the discounted return's std
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
 
@@ -122,7 +122,7 @@ class DiagGaussian(NamedTuple):
 def bound_action(action, space):
     """What the environment gets for the policy's action [N, A]: [N, ...], within its bounds.
 
-    For the policy ±1 are the bounds, so that a deviation of 1 explores the whole range: clipped to
+    For the policy ±1 are the bounds, so that a std of 1 explores the whole range: clipped to
     ±1, stretched to [low, high]. Where a bound is missing nothing is clipped on that side, and the
     units are the environment's. The loss sees the raw action, whose density it is.
     """
@@ -168,7 +168,7 @@ class Actor(nn.Module):
     @nn.compact
     def __call__(self, obs):
         # Tiny weights: the first means are near 0, the middle of the range (Andrychowicz et al.
-        # 2020, 3.2). The deviation starts at 1: a third of the first samples hits a bound.
+        # 2020, 3.2). The std starts at 1: a third of the first samples hits a bound.
         mean = mlp(obs, self.hidden_sizes, self.activation, self.action_size, 0.01)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_size,))
         return DiagGaussian(mean, jnp.broadcast_to(log_std, mean.shape))
@@ -212,7 +212,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over a gradient step's data, for any scale of rewards (detail 7)."""
+    """Mean 0 and variance 1 over a gradient step's data, for any scale of rewards (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -271,10 +271,10 @@ def update_stats(stats, x):
 
 
 def normalize(x, stats, center=True):
-    """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
+    """x [..., D] to mean 0 and variance 1, clipped to ±10; unchanged if there are no statistics.
 
-    Rewards are only scaled (`center=False`), by the deviation of the discounted return (Engstrom et
-    al. 2020; backwards, so that it is known at once): to centre them would change the task.
+    Rewards are only divided by the discounted return's standard deviation, `center=False` (Engstrom
+    et al. 2020; a sum of past rewards, which is known at once): a shift would change the task.
     """
     if stats is None:
         return x
@@ -291,7 +291,7 @@ class Episode(NamedTuple):
 
     total: jax.Array  # [N] sum of its rewards, for the reports
     length: jax.Array  # [N] its number of steps
-    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its deviation over all steps scales the rewards
+    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its std over all steps scales the rewards
 
 
 class Transition(NamedTuple):
@@ -574,7 +574,7 @@ def validate(config: Config) -> None:
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
                 least = "0" if name in may_be_zero else "more than 0"
-                raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+                raise Failure(f"{name} must be from {least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches
@@ -903,7 +903,7 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps
     columns |= dict(episodic_return=returns, episodic_length=lengths)
     (run_dir / "evaluation.csv").write_bytes(csv_text(columns, header=True))
     print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
-    print("  seed       return ± deviation     length")
+    print("  seed       return ± std           length")
     for i in range(min(config.num_seeds, 20)):  # evaluation.csv has the others
         mean, deviation, length = returns[i].mean(), returns[i].std(), lengths[i].mean()
         print(f"{config.seed + i:6d} {mean:12.2f} ± {deviation:<9.2f} {length:9.1f}")

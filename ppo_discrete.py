@@ -75,8 +75,8 @@ class Config:
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
     vf_coef: float = 0.5  # weight of the value loss (c_1); of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
-    normalize_obs: bool = False  # scale observations by their running mean and deviation
-    normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
+    normalize_obs: bool = False  # scale observations to running mean 0, variance 1
+    normalize_reward: bool = True  # divide rewards by the discounted return's std
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
 
@@ -193,7 +193,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over a gradient step's data, for any scale of rewards (detail 7)."""
+    """Mean 0 and variance 1 over a gradient step's data, for any scale of rewards (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -252,10 +252,10 @@ def update_stats(stats, x):
 
 
 def normalize(x, stats, center=True):
-    """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
+    """x [..., D] to mean 0 and variance 1, clipped to ±10; unchanged if there are no statistics.
 
-    Rewards are only scaled (`center=False`), by the deviation of the discounted return (Engstrom et
-    al. 2020; backwards, so that it is known at once): to centre them would change the task.
+    Rewards are only divided by the discounted return's standard deviation, `center=False` (Engstrom
+    et al. 2020; a sum of past rewards, which is known at once): a shift would change the task.
     """
     if stats is None:
         return x
@@ -272,7 +272,7 @@ class Episode(NamedTuple):
 
     total: jax.Array  # [N] sum of its rewards, for the reports
     length: jax.Array  # [N] its number of steps
-    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its deviation over all steps scales the rewards
+    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its std over all steps scales the rewards
 
 
 class Transition(NamedTuple):
@@ -424,7 +424,7 @@ def make_train(config, env=None):
             minibatch = take(indices)  # the arguments of `loss` by name, [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
-            # Once all actions are equally good, advantages are noise, which could carry it far off.
+            # Too far from π_old the actor rests: with nothing left to learn, Â is scaled-up noise.
             rests = metrics["approx_kl"] > config.max_kl
             change["actor"] = jax.tree.map(lambda x: jnp.where(rests, 0.0, x), change["actor"])
             return (optax.apply_updates(params, change), opt_state), metrics
@@ -561,7 +561,7 @@ def validate(config: Config) -> None:
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
                 least = "0" if name in may_be_zero else "more than 0"
-                raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+                raise Failure(f"{name} must be from {least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches
@@ -890,7 +890,7 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps
     columns |= dict(episodic_return=returns, episodic_length=lengths)
     (run_dir / "evaluation.csv").write_bytes(csv_text(columns, header=True))
     print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
-    print("  seed       return ± deviation     length")
+    print("  seed       return ± std           length")
     for i in range(min(config.num_seeds, 20)):  # evaluation.csv has the others
         mean, deviation, length = returns[i].mean(), returns[i].std(), lengths[i].mean()
         print(f"{config.seed + i:6d} {mean:12.2f} ± {deviation:<9.2f} {length:9.1f}")

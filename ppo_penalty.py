@@ -35,7 +35,7 @@ Departures from the paper, most of them in Huang et al. 2022 ("The 37 Implementa
 Proximal Policy Optimization"):
 - β is clamped, and kept if d is not finite;
 - after a time limit V stands for the rewards that were cut off, but not after a terminal state;
-- advantages are normalised per minibatch;
+- advantages are normalised per minibatch; the actor rests while its KL is larger than 4 d_targ;
 - rewards and observations are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½; actions are stretched to the bounds.
@@ -80,8 +80,8 @@ class Config:
     adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
     vf_coef: float = 0.5  # weight of the value loss; of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
-    normalize_obs: bool = True  # scale observations by their running mean and deviation
-    normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
+    normalize_obs: bool = True  # scale observations to running mean 0, variance 1
+    normalize_reward: bool = True  # divide rewards by the discounted return's std
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
 
@@ -162,7 +162,7 @@ class DiagGaussian(NamedTuple):
 def bound_action(action, space):
     """What the environment gets for the policy's action [N, A]: [N, ...], within its bounds.
 
-    For the policy ±1 are the bounds, so that a deviation of 1 explores the whole range: clipped to
+    For the policy ±1 are the bounds, so that a std of 1 explores the whole range: clipped to
     ±1, stretched to [low, high]. Where a bound is missing nothing is clipped on that side, and the
     units are the environment's. The loss sees the raw action, whose density it is.
     """
@@ -216,7 +216,7 @@ class Actor(nn.Module):
         x = mlp(obs, self.hidden_sizes, self.activation, size, 0.01)
         if is_discrete:
             return Categorical(x)
-        # One deviation for all states. It starts at 1: a third of the first samples hits a bound.
+        # One std for all states. It starts at 1: a third of the first samples hits a bound.
         log_std = self.param("log_std", nn.initializers.zeros, (size,))
         return DiagGaussian(x, jnp.broadcast_to(log_std, x.shape))
 
@@ -259,7 +259,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and deviation 1 over a gradient step's data, for any scale of rewards (detail 7)."""
+    """Mean 0 and variance 1 over a gradient step's data, for any scale of rewards (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -315,10 +315,10 @@ def update_stats(stats, x):
 
 
 def normalize(x, stats, center=True):
-    """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
+    """x [..., D] to mean 0 and variance 1, clipped to ±10; unchanged if there are no statistics.
 
-    Rewards are only scaled (`center=False`), by the deviation of the discounted return (Engstrom et
-    al. 2020; backwards, so that it is known at once): to centre them would change the task.
+    Rewards are only divided by the discounted return's standard deviation, `center=False` (Engstrom
+    et al. 2020; a sum of past rewards, which is known at once): a shift would change the task.
     """
     if stats is None:
         return x
@@ -335,7 +335,7 @@ class Episode(NamedTuple):
 
     total: jax.Array  # [N] sum of its rewards, for the reports
     length: jax.Array  # [N] its number of steps
-    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its deviation over all steps scales the rewards
+    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its std over all steps scales the rewards
 
 
 class Transition(NamedTuple):
@@ -436,12 +436,13 @@ def make_train(config, env=None):
         value = critic.apply(params["critic"], obs)  # [M]
         ratio = jnp.exp(policy.log_prob(action) - old_log_prob)
         # Zero with its slope at θ_old: it holds back all gradient steps of an update but the first.
-        penalty = beta * old_policy.kl(policy).mean()
-        policy_loss = penalty - surrogate(ratio, normalize_advantage(advantage))
+        kl = old_policy.kl(policy).mean()
+        policy_loss = beta * kl - surrogate(ratio, normalize_advantage(advantage))
         value_loss = critic_loss(value, target)
         total_loss = policy_loss + config.vf_coef * value_loss
         entropy = policy.entropy().mean()
-        return total_loss, dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
+        losses = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
+        return total_loss, losses | dict(minibatch_kl=kl)
 
     def update(state, _):
         """One iteration: roll out, estimate advantages, take the epochs, adapt β."""
@@ -483,6 +484,9 @@ def make_train(config, env=None):
             minibatch = take(indices)  # the arguments of `loss` by name, [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, state.beta, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
+            # Too far from π_old the actor rests: with nothing left to learn, Â is scaled-up noise.
+            rests = metrics["minibatch_kl"] > 4 * config.target_kl
+            change["actor"] = jax.tree.map(lambda x: jnp.where(rests, 0.0, x), change["actor"])
             return (optax.apply_updates(params, change), opt_state), metrics
 
         (params, opt_state), losses = jax.lax.scan(
@@ -594,6 +598,7 @@ class Failure(ValueError):
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 # The measurements are in docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": dict(normalize_obs=False),  # else a slow drift of the cart goes unseen
     "Pendulum-v1": dict(activation="relu"),  # after 100k steps -152 instead of -178 with tanh
     "Swimmer-misc": dict(normalize_obs=False),  # drifting far once would take their resolution
     "MountainCarContinuous-v0": dict(gamma=0.999),  # with 0.99 haste costs energy
@@ -624,7 +629,7 @@ def validate(config: Config) -> None:
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
                 least = "0" if name in may_be_zero else "more than 0"
-                raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+                raise Failure(f"{name} must be from {least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches
@@ -954,7 +959,7 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps
     columns |= dict(episodic_return=returns, episodic_length=lengths)
     (run_dir / "evaluation.csv").write_bytes(csv_text(columns, header=True))
     print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
-    print("  seed       return ± deviation     length")
+    print("  seed       return ± std           length")
     for i in range(min(config.num_seeds, 20)):  # evaluation.csv has the others
         mean, deviation, length = returns[i].mean(), returns[i].std(), lengths[i].mean()
         print(f"{config.seed + i:6d} {mean:12.2f} ± {deviation:<9.2f} {length:9.1f}")

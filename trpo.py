@@ -75,8 +75,8 @@ class Config:
     anneal_lr: bool = True  # let the learning rate fall linearly towards zero
     update_epochs: int = 10  # the critic's passes over each rollout (K)
     num_minibatches: int = 8  # minibatches per pass
-    normalize_obs: bool = True  # scale observations by their running mean and deviation
-    normalize_reward: bool = True  # scale rewards by the deviation of the discounted return
+    normalize_obs: bool = True  # scale observations to running mean 0, variance 1
+    normalize_reward: bool = True  # divide rewards by the discounted return's std
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
 
@@ -157,7 +157,7 @@ class DiagGaussian(NamedTuple):
 def bound_action(action, space):
     """What the environment gets for the policy's action [N, A]: [N, ...], within its bounds.
 
-    For the policy ±1 are the bounds, so that a deviation of 1 explores the whole range: clipped to
+    For the policy ±1 are the bounds, so that a std of 1 explores the whole range: clipped to
     ±1, stretched to [low, high]. Where a bound is missing nothing is clipped on that side, and the
     units are the environment's. The loss sees the raw action, whose density it is.
     """
@@ -211,7 +211,7 @@ class Actor(nn.Module):
         x = mlp(obs, self.hidden_sizes, self.activation, size, 0.01)
         if is_discrete:
             return Categorical(x)
-        # One deviation for all states. It starts at 1: a third of the first samples hits a bound.
+        # One std for all states. It starts at 1: a third of the first samples hits a bound.
         log_std = self.param("log_std", nn.initializers.zeros, (size,))
         return DiagGaussian(x, jnp.broadcast_to(log_std, x.shape))
 
@@ -254,7 +254,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0, since a mean would only add noise, and deviation 1, on which no step depends."""
+    """Mean 0, since a mean would only add noise, and variance 1, on which no step depends."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -394,10 +394,10 @@ def update_stats(stats, x):
 
 
 def normalize(x, stats, center=True):
-    """x [..., D] to mean 0 and deviation 1, clipped to ±10; unchanged if there are no statistics.
+    """x [..., D] to mean 0 and variance 1, clipped to ±10; unchanged if there are no statistics.
 
-    Rewards are only scaled (`center=False`), by the deviation of the discounted return (Engstrom et
-    al. 2020; backwards, so that it is known at once): to centre them would change the task.
+    Rewards are only divided by the discounted return's standard deviation, `center=False` (Engstrom
+    et al. 2020; a sum of past rewards, which is known at once): a shift would change the task.
     """
     if stats is None:
         return x
@@ -414,7 +414,7 @@ class Episode(NamedTuple):
 
     total: jax.Array  # [N] sum of its rewards, for the reports
     length: jax.Array  # [N] its number of steps
-    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its deviation over all steps scales the rewards
+    discounted: jax.Array  # [N] Σ γ^k r_{t-k}; its std over all steps scales the rewards
 
 
 class Transition(NamedTuple):
@@ -705,7 +705,7 @@ def validate(config: Config) -> None:
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
                 least = "0" if name in may_be_zero else "more than 0"
-                raise Failure(f"{name} must be from {least} to {most:g}, got {x}")
+                raise Failure(f"{name} must be from {least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches
@@ -1023,7 +1023,7 @@ def report_evaluation(run_dir: Path, config: Config, returns, lengths, max_steps
     columns |= dict(episodic_return=returns, episodic_length=lengths)
     (run_dir / "evaluation.csv").write_bytes(csv_text(columns, header=True))
     print(f"\nGreedy evaluation, {returns.shape[1]} episodes per seed\n")
-    print("  seed       return ± deviation     length")
+    print("  seed       return ± std           length")
     for i in range(min(config.num_seeds, 20)):  # evaluation.csv has the others
         mean, deviation, length = returns[i].mean(), returns[i].std(), lengths[i].mean()
         print(f"{config.seed + i:6d} {mean:12.2f} ± {deviation:<9.2f} {length:9.1f}")
