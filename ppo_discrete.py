@@ -5,11 +5,12 @@ In state s_t an agent draws an action a_t from its policy π(· | s_t), receives
 finds itself in s_{t+1}. It is to learn a π with a large expected return E[Σ γ^t r_t]. The policy
 gradient E[∇ log π(a_t|s_t) Â_t] makes an action more probable if it was better than expected: the
 advantage Â_t compares what followed a_t with the value V(s_t), which a second network predicts.
-PPO (Schulman et al. 2017, arXiv:1707.06347) takes many gradient steps on each rollout, in which π
-moves away from the π_old that acted; the ratio ρ_t corrects for the difference. Once ρ_t has left
+PPO (Schulman et al. 2017, arXiv:1707.06347) takes many gradient steps on each rollout, T steps of N
+environments, so that π leaves the π_old that acted. The ratio ρ_t corrects for the other actions
+(∇ρ_t = ∇ log π at π_old), but not for the other states: π must stay near. Once ρ_t has left
 [1-ε, 1+ε] in the direction that its advantage favours, the clip takes away that sample's gradient.
 
-    ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
+    ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3 calls it r_t)
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1},    V_target = Â_t + V(s_t)     (eq. 11*)
@@ -26,10 +27,9 @@ moves away from the π_old that acted; the ratio ρ_t corrects for the differenc
     python ppo_discrete.py --env-id Acrobot-v1 --num-seeds 3
     python ppo_discrete.py --help
 
-Departures from the paper, most of them in Huang et al. 2022 ("The 37 Implementation Details of
-Proximal Policy Optimization"):
-- after a time limit V stands for the rewards that were cut off, but not after a terminal state;
-- advantages are normalised per minibatch; the actor rests while its KL is larger than max_kl;
+Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
+- a step that a time limit cut bootstraps from V(s_{t+1}), one that ended in a terminal state not;
+- advantages are normalised per minibatch; the actor skips those with a KL above kl_threshold;
 - rewards, and observations on request, are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½ and, on request, a clip.
@@ -71,7 +71,7 @@ class Config:
     num_minibatches: int = 8  # minibatches per pass
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
-    max_kl: float = 0.02  # the actor rests while approx_kl of a minibatch is larger than this
+    kl_threshold: float = 0.02  # the actor skips minibatches of a larger approx_kl (1e9: none)
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
     vf_coef: float = 0.5  # weight of the value loss (c_1); of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
@@ -136,7 +136,7 @@ def orthogonal(scale):
 
 
 def mlp(x, hidden_sizes, activation, size, scale):
-    """[..., D] -> [..., size], in a Linen module; `scale` is that of the last layer's weights."""
+    """[..., D] -> [..., size], inside `@nn.compact`; `scale` is of the last layer's weights."""
     for width in hidden_sizes:  # √2: for what ReLU takes away, customary with tanh, too (detail 2)
         x = getattr(nn, activation)(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
     return nn.Dense(size, kernel_init=orthogonal(scale))(x)
@@ -172,11 +172,10 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    λ = 1 sums all rewards that followed (little bias, much noise), λ = 0 is δ_t alone (the
-    reverse). `terminated` stops the bootstrap: nothing follows a terminal state. `done` (that, or
-    cut by a time limit) stops the sum: the next row is another episode. A step that was only cut
-    bootstraps from what it led to, since the limit is no part of the task (Pardo et al. 2018,
-    arXiv:1712.00378). All arrays [T, N]; returns Â and the critic's target Â + V, both [T, N].
+    λ = 1 has low bias and high variance; λ = 0, which leaves δ_t alone, the reverse. A `terminated`
+    step has no V(s_{t+1}): nothing follows. `done`, that or cut by a time limit, ends the sum: the
+    next row is another episode. A step that was only cut keeps V(s_{t+1}): the limit is no part of
+    the task (Pardo et al. 2018, arXiv:1712.00378). All arrays [T, N]; returns Â and Â + V.
     """
     chex.assert_rank(reward, 2)
     chex.assert_equal_shape([reward, value, next_value, terminated, done])
@@ -193,7 +192,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0 and variance 1 over a gradient step's data, for any scale of rewards (detail 7)."""
+    """Mean 0, variance 1 over a minibatch: one learning rate for all scales (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -210,10 +209,10 @@ def clipped_surrogate(ratio, advantage, clip_eps):
 
 
 def critic_loss(value, target, old_value, clip_eps=None):
-    """½ E[(V - V_target)²] of eq. 9: three arrays [M] -> scalar.
+    """½ E[(V - V_target)²], eq. 9 with a ½: three arrays [M] -> scalar.
 
-    With `clip_eps` nothing is gained by moving V by more than ε: the larger squared error counts,
-    like the smaller objective above (OpenAI baselines, not in the paper).
+    With `clip_eps` nothing is gained by moving V more than ε towards its target: the larger error
+    counts, as the smaller objective does above (OpenAI baselines, not in the paper).
     """
     chex.assert_equal_shape([value, target, old_value])  # [M] minus [M, 1] would be [M, M]
     error = (value - target) ** 2
@@ -260,7 +259,7 @@ def normalize(x, stats, center=True):
     if stats is None:
         return x
     shifted = x - stats.mean if center else x
-    # Times 1/√: a division by √ XLA would round differently in the rollout and in the update.
+    # Not a division: XLA would round it differently in the rollout and in the update.
     return jnp.clip(shifted * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
@@ -322,8 +321,7 @@ def make_train(config, env=None):
         progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # `flatten` turns a dozen small arrays into one vector, on which both cost a few operations
-    # instead of a few dozen. Adam's ε and clipping the norm are OpenAI's (details 3 and 11).
+    # One vector of all parameters is faster. Adam's ε and clipping the norm are details 3 and 11.
     clip_norm = optax.clip_by_global_norm(config.max_grad_norm)
     optimizer = optax.flatten(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)))
 
@@ -395,9 +393,9 @@ def make_train(config, env=None):
         env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))  # [T, N]
         state, rollout = jax.lax.scan(act, state, (action_keys, env_keys))
 
-        # Estimate advantages. Observations are normalised as they were when the policy acted: their
-        # new statistics are for the next iteration. Rewards may know theirs: it is only a scale.
-        # V(s_{t+1}) is not V(s_t) moved by a row: where an episode ended, a reset lies between.
+        # Estimate advantages. Observations keep the statistics with which the policy acted, until
+        # the next iteration; rewards are scaled by those that include this rollout. next_value is
+        # not value moved by a row: where an episode ended, the next row comes after a reset.
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)  # [T, N]
@@ -424,9 +422,11 @@ def make_train(config, env=None):
             minibatch = take(indices)  # the arguments of `loss` by name, [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
-            # Too far from π_old the actor rests: with nothing left to learn, Â is scaled-up noise.
-            rests = metrics["approx_kl"] > config.max_kl
-            change["actor"] = jax.tree.map(lambda x: jnp.where(rests, 0.0, x), change["actor"])
+            # The clip bounds no single step: noise, all that Â is once a task is solved, may carry
+            # π far off. Unlike early stopping (Spinning Up) later minibatches may go on.
+            skip = metrics["approx_kl"] > config.kl_threshold  # KL before this step
+            change["actor"] = jax.tree.map(lambda x: jnp.where(skip, 0.0, x), change["actor"])
+            metrics |= dict(skipped=jnp.float32(skip))
             return (optax.apply_updates(params, change), opt_state), metrics
 
         (params, opt_state), losses = jax.lax.scan(
@@ -488,8 +488,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# (It has used `validate`, `make_env`, `shuffled_indices` and `make_take`.) The imports of this part
-# stand here, so that those above are what the algorithm needs.
+# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, which come after what they
+# and the command line import. To copy only the algorithm keep these, and leave out the rest.
 
 import contextlib
 import difflib
@@ -555,7 +555,7 @@ def validate(config: Config) -> None:
         kind = type(default[0] if isinstance(default, tuple) else default)
         most = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if kind is int else 3e38
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array) or default is None:
+            if isinstance(x, jax.Array):
                 continue
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
@@ -608,7 +608,8 @@ def shuffled_indices(key, config):
     """A new random order for each epoch, cut into minibatches: [K · num_minibatches, M].
 
     The index sits in the low bits of a random word, and one sort of plain integers carries it
-    along: ten times faster than `jax.random.permutation`, which sorts pairs.
+    along: ten times faster than `jax.random.permutation`, which sorts pairs. (Ties keep their
+    order, which matters at the edge of a minibatch only.)
     """
     low = jnp.uint32(2 ** (config.batch_size - 1).bit_length() - 1)
     words = jax.random.bits(key, (config.update_epochs, config.batch_size), jnp.uint32) & ~low
@@ -849,7 +850,7 @@ def compile_segment(config: Config, update: Callable, state: State) -> tuple:
 
 def csv_text(columns: dict[str, np.ndarray], header: bool) -> bytes:
     """Lines of a CSV file, from arrays of one shape; NaN becomes an empty cell."""
-    text = lambda x: str(x) if isinstance(x, int | str) else "" if x != x else f"{x:.7g}"
+    text = lambda x: str(x) if isinstance(x, int | str) else "" if math.isnan(x) else f"{x:.7g}"
     rows = zip(*(column.ravel().tolist() for column in columns.values()), strict=True)
     return "".join(",".join(map(text, row)) + "\n" for row in [columns] * header + [*rows]).encode()
 
@@ -871,7 +872,7 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
     axes.plot(steps, returns, color="tab:blue", alpha=0.2, linewidth=0.8)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
     if config.num_seeds > 1:  # Student's; none (nan, not drawn) where one seed alone had an end
-        error = returns.std(axis=1) / np.sqrt(np.maximum(count - 1, 1))
+        error = returns.std(axis=1, ddof=1) / np.sqrt(count)
         error = error * scipy.stats.t.ppf(0.975, count - 1)
         axes.fill_between(steps, mean - error, mean + error, alpha=0.3, label="95 % interval")
     axes.set(xlabel="environment steps per seed", ylabel="return of training episodes")
@@ -1053,7 +1054,7 @@ def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
                 mend = "mend the environment" if cause < 2 else "try a lower --learning-rate"
                 raise Failure(f"{what} of {where} is not finite, see metrics.csv: {mend}", code=1)
             run.done += length
-            asked = max(exchange([*signals, 0][0]))
+            asked = max(exchange(signals[0] if signals else 0))
             run.save(force=asked > 0 or run.done == config.num_updates)
             bar.update(length * steps)
             if np.isfinite(metrics["episodic_return"]).any():
@@ -1061,26 +1062,32 @@ def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
     return asked
 
 
-def run_command(flags: Flags) -> int:
-    """Train, evaluate, report. Returns the exit code."""
+def count_devices(flags: Flags) -> int:
+    """Those of all processes. Failure if these were not started alike, or seeds do not divide."""
     try:
         devices = jax.device_count()
     except (RuntimeError, AssertionError) as error:
         asked = f"with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         raise Failure(f"JAX finds no device {asked}: {brief(error)}") from None
-    config, first_process = flags.config, jax.process_index() == 0
-    say = print if first_process else lambda *_: None
-    mine = {**asdict(config), "resume": flags.resume, "folder": os.getcwd()}
+    mine = {**asdict(flags.config), "resume": flags.resume, "folder": os.getcwd()}
     mine = {name: str(value) for name, value in mine.items()}
     for i, other in enumerate(exchange(mine)):
         differ = [name for name in mine if other[name] != mine[name]]
         differ = [f"{name} {other[name]} (here {mine[name]})" for name in differ]
         if differ:
             raise Failure(f"process {i} was started with another {', '.join(differ)}")
+    if flags.config.num_seeds % devices:
+        seeds = f"num_seeds = {flags.config.num_seeds}"
+        raise Failure(f"{seeds} does not divide over {devices} devices")
+    return devices
+
+
+def run_command(flags: Flags) -> int:
+    """Train, evaluate, report. Returns the exit code."""
+    devices, config, first_process = count_devices(flags), flags.config, jax.process_index() == 0
+    say = print if first_process else lambda *_: None
     scale = f"{config.num_seeds} seeds x {config.num_updates} updates x {config.batch_size} steps"
     say(f"{SCRIPT} on {config.env_id}: {scale}, on {devices} x {jax.devices()[0].device_kind}")
-    if config.num_seeds % devices:
-        raise Failure(f"num_seeds = {config.num_seeds} does not divide over {devices} devices")
     run = Run(flags.resume, config) if flags.resume else None
     clock = time.perf_counter()
     seeds, axis = config.seed + np.arange(config.num_seeds), seed_axis()
@@ -1107,7 +1114,7 @@ def run_command(flags: Flags) -> int:
         return 128 + asked
     # All is saved: from here on a signal ends it. The keys are none that training had: it splits,
     # and split(key, n)[i] is fold_in(key, i) with i < n.
-    most = max(10_000, config.num_updates * config.num_steps)  # as many steps as training had
+    most = max(10_000, config.num_updates * config.num_steps)  # at least as many as in training
     key = lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31)
     play = lambda seed, state: evaluate(config, state, key(seed), EVALUATION_EPISODES, None, most)
     results = over_seeds(play)(seeds, run.state)

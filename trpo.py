@@ -14,7 +14,7 @@ data of the old policy can be trusted: measured in the policies' outputs, not in
     solved by          x = √( 2δ / gᵀF⁻¹g ) F⁻¹g, along the natural gradient          (appendix C)
 
 F is never formed: conjugate gradient solves F x = g from products F v. λ is added to its diagonal
-(damping), since some directions in θ hardly change the policy; so the step's KL is less than δ. The
+(damping), since some directions in θ hardly change the policy: ½ xᵀF x is less than δ then. The
 step is a proposal: a line search shortens it until L, on the data, has grown and KL ≤ δ.
 V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: docs/derivations.md.
 
@@ -32,6 +32,7 @@ Departures from the paper: advantages by GAE with a learned critic (Schulman et 
 normalised; F is damped, and computed from all states; a time limit, like the end of a rollout, is
 no end for V; observations and rewards are scaled by running statistics (δ holds under those with
 which the policy acted); actions are clipped and stretched to bounds; weights start orthogonal.
+"Detail n": Huang et al. 2022, The 37 Implementation Details of PPO.
 """
 
 import math
@@ -189,7 +190,7 @@ def orthogonal(scale):
 
 
 def mlp(x, hidden_sizes, activation, size, scale):
-    """[..., D] -> [..., size], in a Linen module; `scale` is that of the last layer's weights."""
+    """[..., D] -> [..., size], inside `@nn.compact`; `scale` is of the last layer's weights."""
     for width in hidden_sizes:  # √2: for what ReLU takes away, customary with tanh, too (detail 2)
         x = getattr(nn, activation)(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
     return nn.Dense(size, kernel_init=orthogonal(scale))(x)
@@ -233,11 +234,10 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    λ = 1 sums all rewards that followed (little bias, much noise), λ = 0 is δ_t alone (the
-    reverse). `terminated` stops the bootstrap: nothing follows a terminal state. `done` (that, or
-    cut by a time limit) stops the sum: the next row is another episode. A step that was only cut
-    bootstraps from what it led to, since the limit is no part of the task (Pardo et al. 2018,
-    arXiv:1712.00378). All arrays [T, N]; returns Â and the critic's target Â + V, both [T, N].
+    λ = 1 has low bias and high variance; λ = 0, which leaves δ_t alone, the reverse. A `terminated`
+    step has no V(s_{t+1}): nothing follows. `done`, that or cut by a time limit, ends the sum: the
+    next row is another episode. A step that was only cut keeps V(s_{t+1}): the limit is no part of
+    the task (Pardo et al. 2018, arXiv:1712.00378). All arrays [T, N]; returns Â and Â + V.
     """
     chex.assert_rank(reward, 2)
     chex.assert_equal_shape([reward, value, next_value, terminated, done])
@@ -254,7 +254,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0, since a mean would only add noise, and variance 1, on which no step depends."""
+    """Mean 0, since a mean would only add noise; variance 1 for comparable metrics alone."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
@@ -350,9 +350,7 @@ def line_search(measure, theta, step, max_kl, num_tries, ratio):
 
     def attempt(search):
         candidate = theta + ratio**search.tries * step
-        improvement, kl = (
-            jnp.asarray(x, theta.dtype) for x in measure(candidate)
-        )  # under x64, too
+        improvement, kl = (jnp.asarray(x, theta.dtype) for x in measure(candidate))
         finite = jnp.isfinite(improvement) & jnp.isfinite(candidate).all()
         moved = (candidate != theta).any()  # else rounding alone may look like an improvement
         accepted = moved & (improvement > 0) & (kl <= max_kl) & finite  # false if a NaN is compared
@@ -402,7 +400,7 @@ def normalize(x, stats, center=True):
     if stats is None:
         return x
     shifted = x - stats.mean if center else x
-    # Times 1/√: a division by √ XLA would round differently in the rollout and in the update.
+    # Not a division: XLA would round it differently in the rollout and in the update.
     return jnp.clip(shifted * jax.lax.rsqrt(stats.var + 1e-8), -10.0, 10.0)
 
 
@@ -531,9 +529,9 @@ def make_train(config, env=None):
         env_keys = jax.random.split(env_key, (config.num_steps, config.num_envs))  # [T, N]
         state, rollout = jax.lax.scan(act, state, (action_keys, env_keys))
 
-        # Estimate advantages. Observations are normalised as they were when the policy acted: their
-        # new statistics are for the next iteration. Rewards may know theirs: it is only a scale.
-        # V(s_{t+1}) is not V(s_t) moved by a row: where an episode ended, a reset lies between.
+        # Estimate advantages. Observations keep the statistics with which the policy acted, until
+        # the next iteration; rewards are scaled by those that include this rollout. next_value is
+        # not value moved by a row: where an episode ended, the next row comes after a reset.
         obs = normalize(rollout.obs, state.obs_stats)  # [T, N, D]
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)  # [T, N]
@@ -628,8 +626,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# (It has used `validate`, `make_env`, `shuffled_indices` and `make_take`.) The imports of this part
-# stand here, so that those above are what the algorithm needs.
+# It has used `validate`, `make_env` and `shuffled_indices`, which come after what they and the
+# command line import. To copy only the algorithm keep these, and leave out the rest.
 
 import contextlib
 import difflib
@@ -699,7 +697,7 @@ def validate(config: Config) -> None:
             else 3e38
         )
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array) or default is None:
+            if isinstance(x, jax.Array):
                 continue
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
@@ -752,7 +750,8 @@ def shuffled_indices(key, config):
     """A new random order for each epoch, cut into minibatches: [K · num_minibatches, M].
 
     The index sits in the low bits of a random word, and one sort of plain integers carries it
-    along: ten times faster than `jax.random.permutation`, which sorts pairs.
+    along: ten times faster than `jax.random.permutation`, which sorts pairs. (Ties keep their
+    order, which matters at the edge of a minibatch only.)
     """
     low = jnp.uint32(2 ** (config.batch_size - 1).bit_length() - 1)
     words = jax.random.bits(key, (config.update_epochs, config.batch_size), jnp.uint32) & ~low
@@ -982,7 +981,7 @@ def compile_segment(config: Config, update: Callable, state: State) -> tuple:
 
 def csv_text(columns: dict[str, np.ndarray], header: bool) -> bytes:
     """Lines of a CSV file, from arrays of one shape; NaN becomes an empty cell."""
-    text = lambda x: str(x) if isinstance(x, int | str) else "" if x != x else f"{x:.7g}"
+    text = lambda x: str(x) if isinstance(x, int | str) else "" if math.isnan(x) else f"{x:.7g}"
     rows = zip(*(column.ravel().tolist() for column in columns.values()), strict=True)
     return "".join(",".join(map(text, row)) + "\n" for row in [columns] * header + [*rows]).encode()
 
@@ -1004,7 +1003,7 @@ def plot_learning_curve(run_dir: Path, config: Config) -> None:
     axes.plot(steps, returns, color="tab:blue", alpha=0.2, linewidth=0.8)
     axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {config.num_seeds} seeds")
     if config.num_seeds > 1:  # Student's; none (nan, not drawn) where one seed alone had an end
-        error = returns.std(axis=1) / np.sqrt(np.maximum(count - 1, 1))
+        error = returns.std(axis=1, ddof=1) / np.sqrt(count)
         error = error * scipy.stats.t.ppf(0.975, count - 1)
         axes.fill_between(steps, mean - error, mean + error, alpha=0.3, label="95 % interval")
     axes.set(xlabel="environment steps per seed", ylabel="return of training episodes")
@@ -1186,7 +1185,7 @@ def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
                 mend = "mend the environment" if cause < 2 else "try a lower --learning-rate"
                 raise Failure(f"{what} of {where} is not finite, see metrics.csv: {mend}", code=1)
             run.done += length
-            asked = max(exchange([*signals, 0][0]))
+            asked = max(exchange(signals[0] if signals else 0))
             run.save(force=asked > 0 or run.done == config.num_updates)
             bar.update(length * steps)
             if np.isfinite(metrics["episodic_return"]).any():
@@ -1194,26 +1193,32 @@ def train_in_segments(run: Run, run_segment: Callable, length: int) -> int:
     return asked
 
 
-def run_command(flags: Flags) -> int:
-    """Train, evaluate, report. Returns the exit code."""
+def count_devices(flags: Flags) -> int:
+    """Those of all processes. Failure if these were not started alike, or seeds do not divide."""
     try:
         devices = jax.device_count()
     except (RuntimeError, AssertionError) as error:
         asked = f"with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"
         raise Failure(f"JAX finds no device {asked}: {brief(error)}") from None
-    config, first_process = flags.config, jax.process_index() == 0
-    say = print if first_process else lambda *_: None
-    mine = {**asdict(config), "resume": flags.resume, "folder": os.getcwd()}
+    mine = {**asdict(flags.config), "resume": flags.resume, "folder": os.getcwd()}
     mine = {name: str(value) for name, value in mine.items()}
     for i, other in enumerate(exchange(mine)):
         differ = [name for name in mine if other[name] != mine[name]]
         differ = [f"{name} {other[name]} (here {mine[name]})" for name in differ]
         if differ:
             raise Failure(f"process {i} was started with another {', '.join(differ)}")
+    if flags.config.num_seeds % devices:
+        seeds = f"num_seeds = {flags.config.num_seeds}"
+        raise Failure(f"{seeds} does not divide over {devices} devices")
+    return devices
+
+
+def run_command(flags: Flags) -> int:
+    """Train, evaluate, report. Returns the exit code."""
+    devices, config, first_process = count_devices(flags), flags.config, jax.process_index() == 0
+    say = print if first_process else lambda *_: None
     scale = f"{config.num_seeds} seeds x {config.num_updates} updates x {config.batch_size} steps"
     say(f"{SCRIPT} on {config.env_id}: {scale}, on {devices} x {jax.devices()[0].device_kind}")
-    if config.num_seeds % devices:
-        raise Failure(f"num_seeds = {config.num_seeds} does not divide over {devices} devices")
     run = Run(flags.resume, config) if flags.resume else None
     clock = time.perf_counter()
     seeds, axis = config.seed + np.arange(config.num_seeds), seed_axis()
@@ -1240,7 +1245,7 @@ def run_command(flags: Flags) -> int:
         return 128 + asked
     # All is saved: from here on a signal ends it. The keys are none that training had: it splits,
     # and split(key, n)[i] is fold_in(key, i) with i < n.
-    most = max(10_000, config.num_updates * config.num_steps)  # as many steps as training had
+    most = max(10_000, config.num_updates * config.num_steps)  # at least as many as in training
     key = lambda seed: jax.random.fold_in(jax.random.key(seed), 2**31)
     play = lambda seed, state: evaluate(config, state, key(seed), EVALUATION_EPISODES, None, most)
     results = over_seeds(play)(seeds, run.state)
