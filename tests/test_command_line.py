@@ -29,9 +29,9 @@ SCRIPTS = {  # and the environment that each trains on by default
     "trpo": "CartPole-v1",
 }
 OWN_METRICS = {
-    "ppo_discrete": {"policy_loss", "approx_kl", "clip_fraction"},
+    "ppo_discrete": {"policy_loss", "approx_kl", "clip_fraction", "skipped"},
     "ppo_continuous": {"policy_loss", "approx_kl", "clip_fraction"},
-    "ppo_penalty": {"policy_loss", "kl", "beta"},
+    "ppo_penalty": {"policy_loss", "kl", "beta", "minibatch_kl", "skipped"},
     "trpo": {"kl", "surrogate_improvement", "step_accepted", "line_search_steps", "cg_residual"},
 }
 every_script = pytest.mark.parametrize("script", SCRIPTS, indirect=True)

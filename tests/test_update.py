@@ -17,7 +17,7 @@ import ppo_discrete
 import ppo_penalty
 import trpo
 
-# `make_train` of ppo_continuous is that of ppo_discrete, word for word (test_shared_code.py).
+# ppo_continuous trains as ppo_discrete does, but skips no minibatch (test_shared_code.py).
 every_algorithm = pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
 
 PROBES = {
