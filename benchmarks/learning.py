@@ -430,14 +430,17 @@ def ablation_figure():
 # ---- Command line ----
 
 
+def replace_table(name, table):
+    """Put a table between its markers in docs/results.md."""
+    start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    before, rest = DOCUMENT.read_text().split(start)
+    DOCUMENT.write_text(f"{before}{start}{table}\n{end}{rest.split(end)[1]}")
+
+
 def write_document():
-    """Put the tables between their markers, and draw the figures."""
-    text = DOCUMENT.read_text()
-    for name, table in (("results", results_table()), ("ablations", ablation_table())):
-        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
-        before, rest = text.split(start)
-        text = f"{before}{start}{table}\n{end}{rest.split(end)[1]}"
-    DOCUMENT.write_text(text)
+    """The tables, between their markers, and the figures."""
+    replace_table("results", results_table())
+    replace_table("ablations", ablation_table())
     curves_figure()
     ablation_figure()
 
