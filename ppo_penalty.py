@@ -34,7 +34,7 @@ TRPO's constraint, and halving it makes d four times as large (docs/derivations.
 Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
 - β is clamped, and kept if d is not finite;
 - a step that a time limit cut bootstraps from V(s_{t+1}), one that ended in a terminal state not;
-- advantages are normalised per minibatch; the actor skips those with a KL above kl_threshold;
+- advantages are normalised per minibatch; the actor may skip some (kl_threshold, on CartPole);
 - rewards and observations are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½; actions are stretched to the bounds.
@@ -77,7 +77,7 @@ class Config:
     target_kl: float = 0.005  # d_targ, the mean KL by which an update should move the policy
     beta: float = 1.0  # the penalty's weight β at the start; adapted within 1e-4 ... 1e4
     adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
-    kl_threshold: float = 0.02  # the actor skips minibatches of a larger KL (1e9: none)
+    kl_threshold: float | None = None  # the actor skips minibatches of a larger KL
     vf_coef: float = 0.5  # weight of the value loss; of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = True  # scale observations to running mean 0, variance 1
@@ -482,11 +482,11 @@ def make_train(config, env=None):
             minibatch = take(indices)  # the arguments of `loss` by name, [M, ...]
             gradient, metrics = jax.grad(loss, has_aux=True)(params, state.beta, **minibatch)
             change, opt_state = optimizer.update(gradient, opt_state)
-            # The penalty bounds no single step: noise, all that Â is once a task is solved, may
-            # carry π far off. Unlike early stopping (Spinning Up) later minibatches may go on.
-            skip = metrics["minibatch_kl"] > config.kl_threshold  # KL before this step
-            change["actor"] = jax.tree.map(lambda x: jnp.where(skip, 0.0, x), change["actor"])
-            metrics |= dict(skipped=jnp.float32(skip))
+            # Noise, which is all that Â is once a task is solved, may carry π off despite β.
+            if config.kl_threshold is not None:
+                skip = metrics["minibatch_kl"] > config.kl_threshold
+                change["actor"] = jax.tree.map(lambda x: jnp.where(skip, 0.0, x), change["actor"])
+                metrics["skipped"] = jnp.float32(skip)
             return (optax.apply_updates(params, change), opt_state), metrics
 
         (params, opt_state), losses = jax.lax.scan(
@@ -598,13 +598,13 @@ class Failure(ValueError):
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 # The measurements are in docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": dict(normalize_obs=False),  # else a slow drift of the cart goes unseen
+    # Else one run in five falls once it has solved it: by noise, or drifting to the edge unseen.
+    "CartPole-v1": dict(kl_threshold=0.02, normalize_obs=False),
     "Pendulum-v1": dict(activation="relu"),  # after 100k steps -152 instead of -178 with tanh
     "Swimmer-misc": dict(normalize_obs=False),  # drifting far once would take their resolution
     "MountainCarContinuous-v0": dict(gamma=0.999),  # with 0.99 haste costs energy
     "DeepSea-bsuite": dict(num_envs=128),  # the first rollout has to find one path of 2^8
-    "MinAtar": dict(num_envs=64, update_epochs=4, target_kl=0.01, activation="relu")
-    | dict(kl_threshold=1e9),  # its updates are meant to be larger
+    "MinAtar": dict(num_envs=64, update_epochs=4, target_kl=0.01, activation="relu"),
     "Asterix-MinAtar": dict(gae_lambda=0.65),  # 34 instead of 22: its advantages are noisy
     "Freeway-MinAtar": dict(gae_lambda=0.8),  # 60 instead of 50, likewise
 }
@@ -621,10 +621,11 @@ def validate(config: Config) -> None:
     may_be_zero = {"seed", "gamma", "gae_lambda", "beta", "vf_coef"}
     for name, value in vars(config).items():
         default = getattr(Config, name)
-        kind = type(default[0] if isinstance(default, tuple) else default)
+        default = default[0] if isinstance(default, tuple) else default
+        kind = float if default is None else type(default)
         most = 1 if name in ("gamma", "gae_lambda") else 2**31 - 1 if kind is int else 3e38
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array):
+            if isinstance(x, jax.Array) or x is default is None:
                 continue
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")

@@ -688,7 +688,8 @@ def validate(config: Config) -> None:
     may_be_zero = {"seed", "gamma", "gae_lambda", "cg_damping"}
     for name, value in vars(config).items():
         default = getattr(Config, name)
-        kind = type(default[0] if isinstance(default, tuple) else default)
+        default = default[0] if isinstance(default, tuple) else default
+        kind = float if default is None else type(default)
         most = (
             1
             if name in ("gamma", "gae_lambda", "line_search_ratio")
@@ -697,7 +698,7 @@ def validate(config: Config) -> None:
             else 3e38
         )
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array):
+            if isinstance(x, jax.Array) or x is default is None:
                 continue
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")

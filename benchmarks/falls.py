@@ -1,10 +1,11 @@
 """How often a run loses what it had learned: solved tasks on which the return falls again.
 
     python benchmarks/falls.py                       # seeds 1000 to 1999, hours; goes on if killed
-    python benchmarks/falls.py --first 3000 --seeds 100 --scripts ppo_discrete
+    python benchmarks/falls.py --seeds 100 --scripts ppo_discrete --no-preset
     python benchmarks/falls.py --tables              # train nothing, write the table
 
-Each script trains with the documented command's configuration. A run has solved its task with the
+Each script trains with the documented command's configuration, or, with --no-preset, with its
+defaults alone. A run has solved its task with the
 first update whose episodes return `solved` or more on average. It falls if later, in two updates
 running, four or more ended episodes return less than `low` on average. Per script and task
 benchmarks/results/falls.csv has a row per seed: the update that solved it, the first update of a
@@ -72,17 +73,17 @@ def fall(returns, ended, solved, low):
     return first[0], twice[0] if len(twice) else -1
 
 
-def configuration(name, env_id):
+def configuration(name, env_id, preset):
     """The script, its configuration for a task, and a number by which rows of it are known."""
     script = importlib.import_module(name)
-    steps = TASKS[env_id][0]
-    config = dataclasses.replace(script.default_config(env_id), total_timesteps=steps)
+    config = script.default_config(env_id) if preset else script.Config(env_id=env_id)
+    config = dataclasses.replace(config, total_timesteps=TASKS[env_id][0])
     return script, config, zlib.crc32(repr(config).encode())
 
 
-def measure(name, env_id, seeds):
+def measure(name, env_id, preset, seeds):
     """Rows of falls.csv for some seeds of a script."""
-    script, config, checksum = configuration(name, env_id)
+    script, config, checksum = configuration(name, env_id, preset)
     _, solved, low = TASKS[env_id]
     env = counted(script, script.make_env(env_id))
     init, update = script.make_train(config, env)
@@ -105,38 +106,44 @@ def measure(name, env_id, seeds):
         yield [name, env_id, seed, *when, f"{greedy[i]:.2f}", jax.__version__, checksum]
 
 
-def read(name, env_id):
+def read(name, env_id, preset):
     """Rows of falls.csv that the current configuration made, as dictionaries."""
     if not FILE.exists():
         return []
-    now = name, env_id, str(configuration(name, env_id)[2])
+    now = name, env_id, str(configuration(name, env_id, preset)[2])
     with FILE.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return [x for x in rows if (x["script"], x["env_id"], x["configuration"]) == now]
 
 
 def table():
-    """Markdown: a row per script and task."""
+    """Markdown: a row per script, task and configuration."""
     lines = [
         "| script | task | seeds | solved after (median, last) | fell | below at the end |",
         "|---|---|---|---|---|---|",
     ]
     for name in SCRIPTS:
-        for env_id, (_, solved, _) in TASKS.items():
-            rows = read(name, env_id)
-            if not rows:
-                continue
-            batch = configuration(name, env_id)[1].batch_size
-            first = np.array([int(x["solved"]) for x in rows])
-            steps = np.where(first < 0, 10**9, (first + 1) * batch)
-            last = f"{steps.max():,}" if steps.max() < 10**9 else "never"
-            fell = sum(int(x["fell"]) >= 0 for x in rows)
-            end = sum(float(x["greedy"]) < solved - 20 for x in rows)
-            lines.append(
-                f"| `{name}` | {env_id} | {len(rows)} | {np.median(steps):,.0f}, {last} "
-                f"| {fell} ({100 * fell / len(rows):.1f} %) | {end} |"
-            )
+        for env_id in TASKS:
+            _, config, checksum = configuration(name, env_id, preset=True)
+            lines += row(f"`{name}`", env_id, read(name, env_id, True), config.batch_size)
+            if checksum != configuration(name, env_id, preset=False)[2]:
+                label = f"`{name}`, without its preset"
+                lines += row(label, env_id, read(name, env_id, False), config.batch_size)
     return "\n".join(lines)
+
+
+def row(label, env_id, rows, batch_size):
+    """One line of the table, or none where there are no rows."""
+    if not rows:
+        return []
+    first = np.array([int(x["solved"]) for x in rows])
+    steps = np.where(first < 0, 10**9, (first + 1) * batch_size)
+    last = f"{steps.max():,}" if steps.max() < 10**9 else "never"
+    fell = sum(int(x["fell"]) >= 0 for x in rows)
+    end = sum(float(x["greedy"]) < TASKS[env_id][1] - 20 for x in rows)
+    cells = [label, env_id, len(rows), f"{np.median(steps):,.0f}, {last}"]
+    cells += [f"{fell} ({100 * fell / len(rows):.1f} %)", end]
+    return ["| " + " | ".join(map(str, cells)) + " |"]
 
 
 def main():
@@ -145,6 +152,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=1000, help="how many, counted up from it")
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
     parser.add_argument("--tasks", nargs="+", default=["CartPole-v1"], choices=list(TASKS))
+    parser.add_argument("--no-preset", action="store_true", help="the script's defaults alone")
     parser.add_argument("--tables", action="store_true", help="train nothing")
     flags = parser.parse_args()
     if not flags.tables:
@@ -152,17 +160,18 @@ def main():
         learning.ppo_discrete.straight_threefry()
         for name in flags.scripts:
             for env_id in flags.tasks:
-                run_missing(name, env_id, range(flags.first, flags.first + flags.seeds))
+                seeds = range(flags.first, flags.first + flags.seeds)
+                run_missing(name, env_id, not flags.no_preset, seeds)
     print(table())
     learning.replace_table("falls", table())
 
 
-def run_missing(name, env_id, seeds):
+def run_missing(name, env_id, preset, seeds):
     """Train the seeds that falls.csv does not have, a chunk at a time."""
-    done = {int(x["seed"]) for x in read(name, env_id)}
+    done = {int(x["seed"]) for x in read(name, env_id, preset)}
     missing = [seed for seed in seeds if seed not in done]
     for i in range(0, len(missing), CHUNK):
-        rows = list(measure(name, env_id, np.array(missing[i : i + CHUNK])))
+        rows = list(measure(name, env_id, preset, np.array(missing[i : i + CHUNK])))
         is_new = not FILE.exists()
         with FILE.open("a", newline="") as file:
             columns = ["script", "env_id", "seed", "solved", "fell", "greedy", "jax"]

@@ -351,15 +351,24 @@ def ablation_path(name, env_id):
     return RESULTS / "ablations" / f"{words}__{env_id}.csv"
 
 
+def ablation_values(name, script):
+    """What an ablation changes. None has the threshold of CartPole's preset, which does the work of
+    the clip, and of β, where these fail."""
+    _, values, _ = ABLATIONS[name]
+    has_threshold = hasattr(importlib.import_module(script).Config, "kl_threshold")
+    return {"kl_threshold": None, **values} if has_threshold else values
+
+
 def ablation_configuration(name, env_id, steps):
-    column, values, _ = ABLATIONS[name]
-    return configuration(script_of(column, env_id), env_id, steps, 10, **values)
+    script = script_of(ABLATIONS[name][0], env_id)
+    return configuration(script, env_id, steps, 10, **ablation_values(name, script))
 
 
 def run_ablation(name, env_id, steps):
     """Train in this process, with one thing changed; same seeds and episodes as a cell's."""
-    column, values, functions = ABLATIONS[name]
+    column, _, functions = ABLATIONS[name]
     script = importlib.import_module(script_of(column, env_id))
+    values = ablation_values(name, script.__name__)
     originals = {function: getattr(script, function) for function in functions}
     config = dataclasses.replace(script.default_config(env_id), total_timesteps=steps, **values)
     keys = jax.vmap(jax.random.key)(jnp.arange(10))

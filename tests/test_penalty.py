@@ -116,7 +116,6 @@ def test_the_optimum_of_the_penalty_shows_its_direction(keys):
         learning_rate=2e-3,
         anneal_lr=False,
         beta=beta,
-        kl_threshold=1e9,
         hidden_sizes=(8,),
         normalize_obs=False,
     )
@@ -146,7 +145,6 @@ def test_the_optimum_of_the_penalty_shows_its_direction(keys):
 
 def test_the_kl_of_gaussians_is_that_of_old_to_new(keys):
     config = replace(SMALL, env_id="Slope-test", total_timesteps=64, learning_rate=2e-2, beta=0.01)
-    config = replace(config, kl_threshold=1e9)
     init, update = make_train(config)
     state = jax.jit(init)(keys(1)[0])
     # A first policy that depends on the observation: it is measured with the statistics under which
@@ -164,7 +162,7 @@ def test_the_kl_of_gaussians_is_that_of_old_to_new(keys):
 
 
 def test_a_huge_penalty_holds_the_policy_and_none_lets_it_go(keys):
-    config = replace(SMALL, adaptive_beta=False, learning_rate=1e-2, kl_threshold=1e9)
+    config = replace(SMALL, adaptive_beta=False, learning_rate=1e-2)
     run = lambda beta: train(replace(config, beta=beta), keys(1)[0])[1]["kl"]
     free, held = jax.jit(jax.vmap(run))(jnp.array([0.0, 1000.0]))
     assert free.max() > 0.02 and held.max() < 0.002

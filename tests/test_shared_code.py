@@ -46,7 +46,7 @@ OWN_LINES = {
     "make_train.init": ["beta=", "opt_state="],
     "make_train.act": ["log_prob, done = ", "done = ", "transition = Transition("],
     # The actor of ppo_discrete and ppo_penalty may skip a minibatch.
-    "make_train.gradient_step": ["skip = ", "change['actor'] = ", "metrics |= "],
+    "make_train.gradient_step": ["if config.kl", "skip = ", "change['actor'] = ", "metrics['sk"],
 }
 
 

@@ -403,6 +403,8 @@ def test_defaults_and_presets():
         ({"learning_rate": float("nan")}, "learning_rate must be from more than 0 .* got nan"),
         ({"learning_rate": 0.0}, "learning_rate must be from more than 0"),
         ({"learning_rate": "1e-3"}, "learning_rate must be of type float"),
+        ({"kl_threshold": 0.0}, "kl_threshold must be from more than 0"),
+        ({"kl_threshold": "no"}, "kl_threshold must be of type float"),
         ({"gamma": 1.5}, "gamma must be from 0 to 1, got 1.5"),
         ({"gae_lambda": -0.1}, "gae_lambda must be from 0 to 1"),
         ({"ent_coef": float("inf")}, "ent_coef must be from 0 to"),
