@@ -7,7 +7,7 @@ gradient E[∇ log π(a_t|s_t) Â_t] makes an action more probable if it was bet
 advantage Â_t compares what followed a_t with the value V(s_t), which a second network predicts.
 This is the other half of the PPO paper (Schulman et al. 2017, arXiv:1707.06347, section 4): many
 gradient steps on each rollout of a policy π_old, where TRPO's constraint E[KL(π_old ‖ π_θ)] ≤ δ has
-become a price β. No β suits all tasks, so it is adapted by how far each update has really moved.
+become a penalty of weight β. None suits all tasks, so it is adapted by how far each update moved.
 
     ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
     L_KLPEN(θ) = E[ ρ_t Â_t - β KL(π_old(·|s_t) ‖ π_θ(·|s_t)) ]                            (eq. 8)
@@ -17,8 +17,9 @@ become a price β. No β suits all tasks, so it is adapted by how far each updat
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)             (eq. 12; * whose exponent T-t+1 is a misprint)
 
 Let F be the Fisher matrix of π_old and g the policy gradient. A small step x changes L by gᵀx and
-costs β ½ xᵀF x; the best one, F⁻¹g / β, has d = gᵀF⁻¹g / 2β². So β is the Lagrange multiplier of
-TRPO's constraint, and halving it makes d four times as large (docs/derivations.md).
+costs β ½ xᵀF x; the best one, F⁻¹g / β, has d = gᵀF⁻¹g / (2β²). So β is the Lagrange multiplier of
+TRPO's constraint. Halved, it makes d four times as large, if the epochs reach the optimum
+(docs/derivations.md).
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
     ρ_t ratio              Â_t advantage            V value          V_target target
