@@ -1,0 +1,17 @@
+"""CartPolePositions-test: CartPole-v1 without the velocities, which have to be remembered."""
+
+import gymnax
+from gymnax.environments import spaces
+from gymnax.environments.classic_control import cartpole
+
+
+class CartPolePositions(cartpole.CartPole):
+    def get_obs(self, state, params=None, key=None):
+        return super().get_obs(state)[..., ::2]
+
+    def observation_space(self, params):
+        box = super().observation_space(params)
+        return spaces.Box(box.low[::2], box.high[::2], (2,), box.dtype)
+
+
+gymnax.register("CartPolePositions-test", CartPolePositions)

@@ -1,0 +1,197 @@
+"""Edits of ppo_discrete.py: RLHF, GRPO and DPO, in a language of eight tokens; PPG on CartPole."""
+
+import itertools
+import json
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, as_shipped
+
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "edits")]
+import rlhf
+import tokens
+
+import ppo_discrete
+
+LEASH = 0.3  # the price of a nat at which the reward model is of use
+
+
+def text(*words):
+    """A prompt and what follows, as tokens.py keeps it: the newest first, then -1."""
+    return jnp.array([*words[::-1], *[-1] * (tokens.LENGTH + 1 - len(words))])
+
+
+def learned(script):
+    """Train with that leash: proxy reward, true reward and KL, [3, seeds]; the reference's."""
+    run = as_shipped(jax.vmap(rlhf.trained(script, [LEASH])))
+    results, reference = jax.device_get(run(jnp.arange(2)))
+    return results[:, 0].T, reference.T
+
+
+def falls_short(proxy, kl):
+    """By how much the objective is less than that of the best policy, which is known: [seeds]."""
+    best_proxy, _, best_kl = rlhf.optimum(LEASH)
+    return best_proxy - LEASH * best_kl - (proxy - LEASH * kl)
+
+
+# ---- The language ----
+
+
+def test_the_reward_model_has_a_loophole():
+    proper = text(7, 0, 3, 6, 0, 1, 2, 3, 4)
+    assert tokens.proxy_reward(proper) == tokens.true_reward(proper) == 2
+    gamed = text(5, 0, 0, 0, 0, 0, 0, 0, 0)  # 5, 0 is proper
+    assert tokens.proxy_reward(gamed) == 8 and tokens.true_reward(gamed) == 1 - 7
+    slip = text(7, 0, 4, 5, 6, 7, 0, 1, 2)  # 0, 4
+    assert tokens.proxy_reward(slip) == 2 and tokens.true_reward(slip) == 2 - 1
+
+
+def test_on_human_text_the_reward_model_is_right():
+    key = jax.random.key(0)
+    texts, obs, token = tokens.complete(tokens.human, key, tokens.draw_prompts(key, 4000))
+    proxy, true = tokens.proxy_reward(texts), tokens.true_reward(texts)
+    # A slip is improper in five cases of eight: 0.9875^8 = 0.904 of the texts are proper.
+    assert np.mean(proxy == true) == pytest.approx(0.904, abs=0.015)
+    assert np.max(proxy[proxy == true]) == 3 and np.corrcoef(proxy, true)[0, 1] > 0.85
+    # What was seen is the text up to there.
+    n = 17
+    words = [int(word) for word in texts[n, ::-1]]
+    for t in range(tokens.LENGTH):
+        assert (obs[t, n] == tokens.observe(text(*words[: t + 1]))).all()
+        assert token[t, n] == words[t + 1]
+
+
+def test_an_episode_is_a_completion():
+    env, keys = tokens.make("any"), jax.random.split(jax.random.key(0), 2)
+    _, state = env.reset(keys)
+    state = state.at[:, 0].set(7)  # the prompt
+    for t, word in enumerate(jnp.array([[0, 3, 6, 0, 1, 2, 3, 4]] * 2).T):
+        before = state
+        state, next_obs, obs, reward, terminated, truncated = env.step(
+            keys, state, jnp.full(2, word)
+        )
+        assert (next_obs == tokens.observe(tokens.write(before, jnp.full(2, word)))).all()
+        assert (terminated == (t == 7)).all() and not truncated.any()
+        assert (reward == (2 if t == 7 else 0)).all()
+        assert (obs.sum(axis=-1) == (t + 2 if t < 7 else 1)).all()  # a prompt again
+
+
+def test_preferences_are_those_of_bradley_and_terry():
+    obs, token = tokens.prefer(jax.random.key(0), 20_000)  # [2, 8, M, D], [2, 8, M]
+    thanks = (token == tokens.THANKS).sum(axis=1)  # [2, M]
+    for difference in (1, 2):
+        won = (thanks[0] - thanks[1] == difference).sum()
+        lost = (thanks[1] - thanks[0] == difference).sum()
+        assert won / (won + lost) == pytest.approx(1 / (1 + np.exp(-difference)), abs=0.02)
+    last = obs[..., : tokens.VOCABULARY].argmax(axis=-1)
+    assert (last[:, 1:] == token[:, :-1]).all() and (last[0, 0] == last[1, 0]).all()
+
+
+def test_the_best_policy_by_enumerating_all_texts():
+    """π(text) ∝ π_human(text) exp(R(text) / β) of each prompt, for texts of three tokens."""
+    beta, expected = 0.2, np.zeros(3)
+    for prompt in range(tokens.VOCABULARY):
+        texts = np.array([(prompt, *x) for x in itertools.product(range(8), repeat=3)])
+        human = np.prod(np.asarray(tokens.HUMAN)[texts[:, :-1], texts[:, 1:]], axis=1)
+        proxy, true = tokens.proxy_reward(texts[:, ::-1]), tokens.true_reward(texts[:, ::-1])
+        best = human * np.exp(np.asarray(proxy) / beta)
+        best /= best.sum()
+        expected += [np.sum(best * x) / 8 for x in (proxy, true, np.log(best / human))]
+    np.testing.assert_allclose(rlhf.optimum(beta, length=3), expected, rtol=1e-5)
+
+
+# ---- rlhf ----
+
+
+def test_without_the_patch_the_policy_games_the_reward_model(keys):
+    config = ppo_discrete.Config(**rlhf.CONFIG)
+
+    def run(key):
+        state, _ = ppo_discrete.train(config, key, tokens.make("any"))
+        actor = state.params["actor"]
+        return rlhf.measure(ppo_discrete, config, actor, actor, key)
+
+    proxy, true, _ = jax.device_get(as_shipped(jax.vmap(run))(keys(2))).T
+    assert (proxy > 7).all() and (true < -5).all(), (proxy, true)
+
+
+def test_the_leash_keeps_the_policy_where_the_reward_model_is_right(patched):
+    (proxy, true, kl), reference = learned(patched("rlhf"))
+    assert (true > reference[1] + 0.5).all(), (true, reference)
+    assert (np.abs(falls_short(proxy, kl)) < 0.1).all(), (proxy, kl)
+
+
+# ---- grpo ----
+
+
+def test_a_group_has_one_prompt_and_different_texts(patched):
+    script = patched("rlhf", "grpo")
+    config = script.Config(**rlhf.CONFIG)
+    init, update = script.make_train(config, tokens.make("any"))
+    first = jax.jit(init)(jax.random.key(0))
+    second, _ = jax.jit(update)(first, None)
+    for state in (first, second):
+        prompts = state.obs[:, : tokens.VOCABULARY].argmax(axis=-1).reshape(-1, config.group_size)
+        assert (prompts == prompts[:, :1]).all() and len(np.unique(prompts)) > 4
+    assert "critic" not in first.params
+
+
+def test_grpo_reaches_what_ppo_reaches(patched, monkeypatch):
+    plain = tokens.make("any")
+
+    def step(keys, text, token):
+        state, next_obs, obs, reward, terminated, truncated = plain.step(keys, text, token)
+        return state, next_obs, obs, reward + 20.0 * terminated, terminated, truncated
+
+    # All texts get 20 more: so does the mean of their group, and nothing changes.
+    monkeypatch.setattr(tokens, "make", lambda name: plain._replace(step=step))
+    (proxy, _, kl), _ = learned(patched("rlhf", "grpo"))
+    assert (np.abs(falls_short(proxy, kl)) < 0.1).all(), (proxy, kl)
+
+
+# ---- dpo ----
+
+
+def test_dpo_reaches_it_from_preferences_alone(patched):
+    (proxy, _, kl), _ = learned(patched("rlhf", "dpo"))
+    assert (np.abs(falls_short(proxy, kl)) < 0.1).all(), (proxy, kl)
+
+
+# ---- The benchmark ----
+
+
+def test_the_benchmark_in_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf, "ALGORITHMS", {"PPO": ("rlhf",)})
+    small = dict(betas=(0.0, 1.0), seeds=2, total_timesteps=2 * 1024)
+    first = rlhf.benchmark(tmp_path, "PPO", **small)
+    again = rlhf.benchmark(tmp_path, "speed", **small)  # keeps what is there
+    assert again["PPO"] == json.loads(json.dumps(first["PPO"]))
+    assert np.shape(again["PPO"]["results"]) == (2, 2, 3) and again["speed"]["seconds"]["PPO"] > 0
+    assert (tmp_path / "rlhf.png").stat().st_size > 10_000
+    assert len(rlhf.table(again).splitlines()) == 2 + 2 + 1 + 1  # two of PPO, reference, optimum
+
+
+# ---- ppg, on CartPole ----
+
+
+def test_the_auxiliary_phase_teaches_the_trunk_values_and_spares_the_policy(patched, keys):
+    script = patched("ppg")
+    config = script.Config(total_timesteps=80_000)
+
+    def run(beta_clone, key):
+        state, metrics = script.train(replace(config, beta_clone=beta_clone), key)
+        returns, _ = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 50)
+        return returns.mean(), metrics
+
+    grid = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
+    returns, metrics = jax.device_get(as_shipped(grid)(jnp.array([0.0, 1.0]), keys(2)))
+    assert metrics["clone_kl"].shape == (2, 2, 80_000 // (4 * config.batch_size))
+    assert (returns[1] > 400).all(), returns
+    # Normalised targets are near 1. A head that has learned nothing is wrong by half their square.
+    assert (metrics["auxiliary_loss"][1, :, -1] < 0.01).all(), metrics["auxiliary_loss"]
+    free, cloned = metrics["clone_kl"].mean(axis=(1, 2))
+    assert cloned < 1e-3 and free > 10 * cloned, metrics["clone_kl"]
