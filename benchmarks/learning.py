@@ -169,6 +169,15 @@ def interval(scores):
 # ---- The table of results ----
 
 
+def read_evaluation(run_dir):
+    """Mean return of each seed of a run, [seeds], and the number of episodes that each played."""
+    with (run_dir / "evaluation.csv").open(newline="") as file:
+        rows = [(int(r["seed"]), float(r["episodic_return"])) for r in csv.DictReader(file)]
+    seeds = sorted({seed for seed, _ in rows})
+    scores = np.array([np.mean([x for other, x in rows if other == seed]) for seed in seeds])
+    return scores, len(rows) // len(seeds)
+
+
 def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
     """Run the documented command in an empty folder; keep each seed's score and the curve."""
     flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--num-seeds", str(num_seeds)]
@@ -180,11 +189,9 @@ def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
         (run_dir,) = Path(empty).glob("runs/*")
         config = json.loads((run_dir / "config.json").read_text())
         del config["format"]
-        with (run_dir / "evaluation.csv").open(newline="") as file:
-            rows = [(int(r["seed"]), float(r["episodic_return"])) for r in csv.DictReader(file)]
+        scores, episodes = read_evaluation(run_dir)
         with (run_dir / "metrics.csv").open(newline="") as file:
             curve = [(int(r["env_step"]), r["episodic_return"]) for r in csv.DictReader(file)]
-    scores = [np.mean([value for other, value in rows if other == s]) for s in range(num_seeds)]
     path = result_path(script, env_id, steps, folder)
 
     # The curve: the mean of each hundredth of the run, one column per seed.
@@ -199,7 +206,7 @@ def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
             means = total / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
             values = ("" if np.isnan(mean) else f"{mean:.5g}" for mean in means)
             writer.writerow([env_steps[part[-1]], *values])
-    write_scores(path, config, scores, seconds, len(rows) // num_seeds)
+    write_scores(path, config, scores, seconds, episodes)
 
 
 def budget(steps):

@@ -122,8 +122,8 @@ def added(modules):
             del sys.modules[name]
 
 
-def load_train(folder, name):
-    """PureJaxRL's counterpart of our script `name`: train(config, key) with our configuration."""
+def load_module(folder, name):
+    """PureJaxRL's counterpart of our script `name`, whose seeds may be vmapped."""
     folder = Path(folder) / "purejaxrl"
     with added(stand_ins()), added({"wrappers": load(folder / "wrappers.py", "wrappers")}):
         module = load(folder / THEIRS[name], f"purejaxrl_{name}")
@@ -134,6 +134,12 @@ def load_train(folder, name):
         return SimpleNamespace(init=sequential_vmap(made.init), apply=made.apply)
 
     module.ActorCritic = patched_network
+    return module
+
+
+def load_train(folder, name):
+    """Its train(config, key) with our configuration, on an environment of gymnax."""
+    module = load_module(folder, name)
     module.gymnax = SimpleNamespace(make=lambda name: (OldEnvironment(name), None))
     module.BraxGymnaxWrapper = OldEnvironment
 

@@ -23,7 +23,8 @@ def test_every_result_was_made_with_the_current_configuration():
         for name in learning.ABLATIONS:
             configuration = learning.ablation_configuration(name, env_id, steps)
             configurations[learning.ablation_path(name, env_id)] = configuration
-    stored = {p for p in learning.RESULTS.rglob("*.csv") if not p.name.endswith(".curve.csv")}
+    others = (".curve.csv", "locomotion.csv")  # locomotion.py knows which of its rows are current
+    stored = {p for p in learning.RESULTS.rglob("*.csv") if not p.name.endswith(others)}
     assert len(stored) > 100
     # A file that belongs to no cell has no configuration to agree with.
     assert not [p.name for p in stored if not learning.is_current(p, configurations.get(p))]
