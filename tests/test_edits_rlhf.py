@@ -180,7 +180,7 @@ def test_the_benchmark_in_small(tmp_path, monkeypatch):
 
 def test_the_auxiliary_phase_teaches_the_trunk_values_and_spares_the_policy(patched, keys):
     script = patched("ppg")
-    config = script.Config(total_timesteps=80_000)
+    config = script.Config(total_timesteps=80_000, kl_threshold=0.02)
 
     def run(beta_clone, key):
         state, metrics = script.train(replace(config, beta_clone=beta_clone), key)

@@ -509,9 +509,6 @@ def test_a_run_is_stopped_and_resumed_to_the_same_bytes(launch, folder):
     "fault, code, message",
     [
         ("observation", 2, "an array has another shape than it should"),
-        ("reward", 2, "an array has another shape than it should"),
-        ("done", 2, "an array has another shape than it should"),
-        ("state", 2, "an array has another shape than it should"),
         ("size", 2, "SimpleNamespace has no action_size"),
         ("missing", 2, "SimpleNamespace has no reward, no done"),
         ("raises", 1, "the program, or the environment, failed"),
