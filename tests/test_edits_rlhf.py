@@ -4,6 +4,7 @@ import itertools
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,8 @@ def test_dpo_reaches_it_from_preferences_alone(patched):
 
 def test_the_benchmark_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "ALGORITHMS", {"PPO": ("rlhf",)})
-    small = dict(betas=(0.0, 1.0), seeds=2, total_timesteps=2 * 1024)
+    monkeypatch.setattr(rlhf, "compare_speed", partial(rlhf.compare_speed, rounds=1))
+    small = dict(betas=(0.0, 1.0), seeds=2, total_timesteps=2 * 1024, hidden_sizes=(8,))
     first = rlhf.benchmark(tmp_path, "PPO", **small)
     again = rlhf.benchmark(tmp_path, "speed", **small)  # keeps what is there
     assert again["PPO"] == json.loads(json.dumps(first["PPO"]))
@@ -180,18 +182,16 @@ def test_the_benchmark_in_small(tmp_path, monkeypatch):
 
 def test_the_auxiliary_phase_teaches_the_trunk_values_and_spares_the_policy(patched, keys):
     script = patched("ppg")
-    config = script.Config(total_timesteps=80_000, kl_threshold=0.02)
+    config = script.Config(total_timesteps=5 * 4 * 2048)  # five phases of four rollouts
 
     def run(beta_clone, key):
-        state, metrics = script.train(replace(config, beta_clone=beta_clone), key)
-        returns, _ = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 50)
-        return returns.mean(), metrics
+        return script.train(replace(config, beta_clone=beta_clone), key)[1]
 
     grid = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
-    returns, metrics = jax.device_get(as_shipped(grid)(jnp.array([0.0, 1.0]), keys(2)))
-    assert metrics["clone_kl"].shape == (2, 2, 80_000 // (4 * config.batch_size))
-    assert (returns[1] > 400).all(), returns
+    metrics = jax.device_get(as_shipped(grid)(jnp.array([0.0, 1.0]), keys(2)))
+    assert metrics["clone_kl"].shape == (2, 2, 5)
+    assert (metrics["episodic_return"][1, :, -1] > 100).all(), metrics["episodic_return"]
     # Normalised targets are near 1. A head that has learned nothing is wrong by half their square.
-    assert (metrics["auxiliary_loss"][1, :, -1] < 0.01).all(), metrics["auxiliary_loss"]
+    assert (metrics["auxiliary_loss"][1, :, -1] < 0.05).all(), metrics["auxiliary_loss"]
     free, cloned = metrics["clone_kl"].mean(axis=(1, 2))
     assert cloned < 1e-3 and free > 10 * cloned, metrics["clone_kl"]
