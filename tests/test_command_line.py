@@ -473,14 +473,15 @@ def test_a_full_disk(start, tmp_path):
     assert (only_run(tmp_path) / "metrics.csv").stat().st_size <= 80 * 512
 
 
-def readme_block(name):
-    readme = (ROOT / "README.md").read_text()
-    return readme.split(f"<!-- {name} -->")[1].split("```python")[1].split("```")[0]
+def block(name, document="README.md"):
+    """The Python block below the mark with this name."""
+    text = (ROOT / document).read_text()
+    return text.split(f"<!-- {name} -->")[1].split("```python")[1].split("```")[0]
 
 
-def test_the_readme_shows_how_to_load_a_checkpoint(uninterrupted, environment, script):
+def test_the_recipe_loads_a_checkpoint(uninterrupted, environment, script):
     run_dir, _ = uninterrupted(script)
-    code = re.sub(r'"runs/[^"]*"', repr(str(run_dir)), readme_block("load"))
+    code = re.sub(r'"runs/[^"]*"', repr(str(run_dir)), block("load", "docs/recipes.md"))
     code += "\nprint('action', action)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True, capture_output=True
@@ -489,9 +490,7 @@ def test_the_readme_shows_how_to_load_a_checkpoint(uninterrupted, environment, s
 
 
 def test_the_sweep_of_the_readme(tmp_path, environment):
-    code = (
-        readme_block("sweep").replace("100_000", "4096").replace("logspace(-4, -2, 5)", "ones(2)")
-    )
+    code = block("sweep").replace("100_000", "4096").replace("logspace(-4, -2, 5)", "ones(2)")
     code = code.replace("jax.random.key(0), 8)", "jax.random.key(0), 3)")
     code += "\nassert returns.shape == (2, 3, 2), returns.shape\nprint(rates[0] == rates[1])"
     path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
@@ -505,7 +504,7 @@ def test_the_sweep_of_the_readme(tmp_path, environment):
 
 
 def test_the_environment_of_the_readme(run, tmp_path):
-    (tmp_path / "point.py").write_text(readme_block("environment"))
+    (tmp_path / "point.py").write_text(block("environment"))
     flags = ["--num-seeds", 2, "--total-timesteps", 40_960]
     code, _, errors = run("--env-id", "point:any", *flags)
     assert code == 0, errors

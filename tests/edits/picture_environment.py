@@ -12,7 +12,8 @@ from gymnax.environments import environment, spaces
 
 
 import os
-NOISE = float(os.environ.get('NOISE', 0.05))
+
+NOISE = float(os.environ.get("NOISE", 0.05))
 
 
 @struct.dataclass
