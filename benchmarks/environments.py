@@ -17,6 +17,7 @@ know nothing of time limits and never begin a new episode by themselves:
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -149,8 +150,10 @@ def brax(task):
 
 def playground(task):
     """MuJoCo Playground. Its physics in JAX runs everywhere; "warp" needs a GPU of NVIDIA's."""
+    import warp
     from mujoco_playground import registry
 
+    warp.config.quiet = True
     if task not in registry.ALL_ENVS:
         known = ", ".join(sorted(registry.ALL_ENVS))
         raise failure(f"MuJoCo Playground has no environment {task!r}; {known}")
@@ -198,7 +201,8 @@ def make(name):
         raise failure(f"there is no environment {name!r}: names end in {ends}")
     adapter, package = ADAPTERS[end]
     try:
-        with jax.ensure_compile_time_eval():  # libraries compute when they load a model
+        # Libraries compute when they load a model, and Brax says that its maintenance has ended.
+        with jax.ensure_compile_time_eval(), warnings.catch_warnings(action="ignore"):
             return adapter(task)
     except ModuleNotFoundError as error:
         lacks = f"{error.name} is not installed"
