@@ -25,7 +25,7 @@ BUDGET = "--num-seeds 3 --total-timesteps 100000"
 SYMPTOMS = [  # what the picture says, the column, and the command
     ("steps too small", "clip_fraction", "ppo_discrete.py --learning-rate 1e-5"),
     ("steps too large", "clip_fraction", "ppo_discrete.py --learning-rate 0.1"),
-    ("the KL jumps", "approx_kl", "ppo_discrete.py --learning-rate 0.1 --max-kl 1000"),
+    ("the KL jumps", "approx_kl", "ppo_discrete.py --learning-rate 0.1 --kl-threshold 1000"),
     ("entropy gone", "entropy", "ppo_discrete.py --learning-rate 0.1"),
     ("entropy kept", "entropy", "ppo_discrete.py --ent-coef 1"),
     (
@@ -86,7 +86,9 @@ def figures(column):
 
 
 def draw(axes, title, name, command, sick, healthy):
-    axes.set_title("\n".join([title, *textwrap.wrap(command, 48)]), fontsize=8)
+    axes.set_title(
+        "\n".join([title, *textwrap.wrap(command, 48, break_on_hyphens=False)]), fontsize=8
+    )
     for (columns, _), color in ((sick, "tab:red"), (healthy, "tab:gray")):
         steps = columns["env_step"][:, 0] / 1000
         axes.plot(steps, columns[name], color=color, alpha=0.3, linewidth=0.8)

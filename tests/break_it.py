@@ -204,4 +204,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(broken(MUTATIONS[sys.argv[1]]) if len(sys.argv) > 1 else table())
+    print(broken(MUTATIONS[sys.argv[1]]) if sys.argv[1:] else table(), end="")

@@ -2,46 +2,69 @@
 
 import multiprocessing
 import shutil
+import subprocess
+import sys
 
 import pytest
 from break_it import MUTATIONS, broken, run_tests, table
 from conftest import ROOT
 
-# To import these takes longer than most of the tests: it is done once, in a server that starts no
-# JAX backend, and of which each test's process is a fork. gymnax, which starts one, is not among
-# them.
+# To import these takes longer than most of the tests. It is done once, in a server of which the
+# process of each test is a fork. None of them starts a backend of JAX, whose threads a fork would
+# lack; gymnax does, so that it is imported in each.
 LIBRARIES = ["jax", "flax.linen", "optax", "chex", "tyro", "orbax.checkpoint", "scipy.stats"]
 LIBRARIES += ["jax.experimental.multihost_utils", "scipy.optimize", "pytest"]
+NO_BUG = "as it is"
 
 
 @pytest.fixture(scope="module")
-def run():
-    """run(folder, tests), as `run_tests`, in a process of its own."""
+def outcomes(request, tmp_path_factory):
+    """What became of the tests that are to be run with each bug, in processes of their own."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
-    with context.Pool(1, maxtasksperchild=1) as pool:
-        yield lambda *arguments: pool.apply_async(run_tests, arguments).get(timeout=120)
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    names = [name for name in [NO_BUG, *MUTATIONS] if any(x and x.id == name for x in calls)]
+    with context.Pool(2, maxtasksperchild=1) as pool:
+        started = {}
+        for name in names:
+            folder = tmp_path_factory.mktemp("copy")
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
+            for script in ROOT.glob("*.py"):
+                shutil.copy(script, folder)
+            if name == NO_BUG:
+                tests = sorted({mutation.test for mutation in MUTATIONS.values()})
+            else:
+                tests = [MUTATIONS[name].test]
+                (folder / f"{MUTATIONS[name].script}.py").write_text(broken(MUTATIONS[name]))
+            started[name] = pool.apply_async(run_tests, (str(folder), tests))
+        yield lambda name: started[name].get(timeout=300)
 
 
-@pytest.fixture
-def copied(tmp_path):
-    """The scripts and their tests in a folder of their own."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=ignored)
-    for script in ROOT.glob("*.py"):
-        shutil.copy(script, tmp_path)
-    return tmp_path
+@pytest.mark.parametrize("name", [NO_BUG], ids=str)
+def test_without_a_bug_all_these_tests_pass(name, outcomes):
+    code, raised, output = outcomes(name)
+    assert code == pytest.ExitCode.OK and not raised, output
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_bug_is_seen(name, copied, run):
-    mutation = MUTATIONS[name]
-    (copied / f"{mutation.script}.py").write_text(broken(mutation))
-    code, raised, output = run(str(copied), [mutation.test])
-    # An assertion that does not hold: no error of the bug's own, and none of collecting the test.
+def test_a_bug_is_seen(name, outcomes):
+    code, raised, output = outcomes(name)
+    # An assertion that does not hold: no other error, and none of collecting the test.
     assert code == pytest.ExitCode.TESTS_FAILED and {*raised} == {"AssertionError"}, output
 
 
 def test_the_document_has_the_list():
     text = (ROOT / "docs" / "recipes.md").read_text()
     assert f"<!-- bugs -->\n{table()}\n<!-- end of bugs -->" in text
+
+
+def test_a_script_with_a_bug_is_written():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    command = text.split("<!-- break -->\n```sh\npython ")[1].splitlines()[0]
+    program, name = command.removesuffix(" > broken.py").split()
+    script = subprocess.run(
+        [sys.executable, ROOT / program, name], capture_output=True, text=True, check=True
+    ).stdout
+    assert script == broken(MUTATIONS[name])
+    compile(script, "broken.py", "exec")
