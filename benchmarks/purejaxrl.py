@@ -5,8 +5,8 @@ Nothing in the checkout is changed; when it is loaded, in memory:
 - the environment is gymnax's behind gymnax's own `LegacyStepAPIWrapper`, without the entries of
   `info` that gymnax 1.0 has added, which `train` would return for every step. For continuous
   actions it takes the place of Brax's, without Brax;
-- `network.init` is wrapped in `sequential_vmap`: its initialisers are QR decompositions, which
-  with many seeds side by side can wait for each other for ever (jax 0.10, few cores).
+- on the CPU `network.init` is wrapped in `sequential_vmap`: its initialisers are QR decompositions,
+  which with many seeds side by side can wait for each other for ever (jax 0.10, few cores).
 """
 
 import contextlib
@@ -133,7 +133,8 @@ def load_module(folder, name):
         made = network(*arguments, **options)
         return SimpleNamespace(init=sequential_vmap(made.init), apply=made.apply)
 
-    module.ActorCritic = patched_network
+    if jax.default_backend() == "cpu":
+        module.ActorCritic = patched_network
     return module
 
 

@@ -5,6 +5,7 @@
     python benchmarks/speed.py --tables bare --scripts ppo_continuous --activation relu
     python benchmarks/speed.py --tables sizes --seeds 1 64 1024 2048     # on a GPU
     python benchmarks/speed.py --tables devices --devices 1 2 4 8        # more than there are cores
+    python benchmarks/speed.py --gpu --purejaxrl PATH        # whole runs on a GPU, ten minutes
     python benchmarks/speed.py --against PATH                # a folder with other such scripts
     python benchmarks/speed.py --purejaxrl PATH              # a checkout of PureJaxRL
 
@@ -33,6 +34,9 @@ has a process of its own; all are there at once, and run in turn.
 
 `--purejaxrl`: PPO-clip of these scripts and PureJaxRL's in one process, with the same networks and
 hyperparameters; benchmarks/purejaxrl.py says what is changed in it, in memory.
+
+`--gpu`: whole runs on an accelerator, up to 2048 seeds, and with `--purejaxrl` its own beside them;
+benchmarks/gpu.py has the details.
 """
 
 import argparse
@@ -70,7 +74,7 @@ SETTINGS = {  # name: (seeds, environments, steps, updates)
 }
 SEEDS_ON_DEVICES = {8: 20, 16: 10, 64: 3}  # of 4 x 128: updates
 TABLES = {"bare": 30, "sizes": 3, "devices": 10}  # name: rounds
-ROUNDS = 30  # of the other two
+ROUNDS = 30  # of `--against` and `--purejaxrl`
 
 
 def bare_arithmetic(script, config, key):
@@ -454,6 +458,9 @@ def main():
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--against", metavar="PATH", help="this instead: a folder of other scripts")
     parser.add_argument("--purejaxrl", metavar="PATH", help="this instead: a checkout of it")
+    parser.add_argument("--gpu", action="store_true", help="this instead: whole runs on a GPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of `--gpu`, at most")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try `--gpu`")
     parser.add_argument(
         "--activation", default="tanh", choices=["tanh", "relu"], help="of the table `bare`"
     )
@@ -472,11 +479,19 @@ def main():
         return
     cores = usable_cores()
     if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", cores if arguments.purejaxrl else 1)
+        spread = arguments.purejaxrl and not arguments.gpu
+        jax.config.update("jax_num_cpu_devices", cores if spread else 1)
     rounds = lambda table: arguments.rounds or TABLES.get(table, ROUNDS)
     device = jax.devices()[0].device_kind
-    print(f"{time.strftime('%Y-%m-%d')}, {device}, {cores} cores, {platform.machine()},")
-    print(f"Python {platform.python_version()}, jax {jax.__version__}\n")
+    circumstances = f"{time.strftime('%Y-%m-%d')}, {device}, {cores} cores, {platform.machine()}, "
+    circumstances += f"Python {platform.python_version()}, jax {jax.__version__}"
+    print(f"{circumstances}\n")
+    if arguments.gpu:
+        import gpu
+
+        document = gpu.DOCUMENT if jax.default_backend() != "cpu" else None
+        gpu.table(circumstances, arguments.purejaxrl, arguments.minutes, arguments.quick, document)
+        return
     if arguments.purejaxrl:
         able = [name for name in arguments.scripts if name in ("ppo_discrete", "ppo_continuous")]
         against_purejaxrl(arguments.purejaxrl, able, rounds("purejaxrl"))
