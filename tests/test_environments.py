@@ -299,6 +299,7 @@ def libraries(monkeypatch):
         load=load,
     )
     stand_in(monkeypatch, "mujoco_playground", registry=registry)
+    stand_in(monkeypatch, "warp", config=SimpleNamespace())
 
     def make_craftax_env_from_name(name, auto_reset):
         if name != "Craftax-Classic-Symbolic-v1":
@@ -509,12 +510,11 @@ def test_a_run_is_stopped_and_resumed_to_the_same_bytes(launch, folder):
 def main(folder, monkeypatch, capsys):
     """Call `main` in this process, which costs less: exit code and what it said."""
 
-    def forget():
-        for name in [*sys.modules]:
-            if name.split(".")[0] in ("brax", "environments"):
-                monkeypatch.delitem(sys.modules, name)
+    def found():
+        return [x for x in sys.modules if x.split(".")[0] in ("brax", "environments")]
 
-    forget()
+    for name in found():
+        monkeypatch.delitem(sys.modules, name)  # until this fixture ends
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
     monkeypatch.setitem(sys.modules, "__main__", ppo_continuous)  # where `failure` looks
@@ -526,7 +526,8 @@ def main(folder, monkeypatch, capsys):
         return end.value.code, capsys.readouterr().err
 
     yield main
-    forget()  # those of the folder; `monkeypatch` puts back the others
+    for name in found():  # those of the folder, for good
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(

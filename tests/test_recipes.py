@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -47,7 +48,8 @@ def execute(tmp_path, monkeypatch):
 
     def execute(code, *changes):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("matplotlib.pyplot.switch_backend", lambda _: None)
+        matplotlib.pyplot.switch_backend("agg")
+        monkeypatch.setattr("matplotlib.pyplot.switch_backend", lambda _: None)  # to a window
         for pattern, text in changes:
             code, count = re.subn(pattern, text.replace("\\", r"\\"), code)
             assert count == 1, pattern

@@ -368,7 +368,7 @@ def test_what_follows_an_evaluation_episode_does_not_count(keys):
 
 def test_defaults_and_presets():
     assert Config().num_updates == 244 and Config().batch_size == 2048
-    assert ppo_discrete.default_config("CartPole-v1") == Config()
+    assert ppo_discrete.default_config("CartPole-v1") == Config(kl_threshold=0.02)
     mountain_car = ppo_discrete.default_config("MountainCar-v0")
     assert mountain_car == Config(env_id="MountainCar-v0", normalize_obs=True)
     minatar = ppo_discrete.default_config("Seaquest-MinAtar")

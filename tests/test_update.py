@@ -115,7 +115,9 @@ def test_every_flag_changes_the_program(script, keys):
     for name, value in vars(config).items():
         if name in ("env_id", "seed", "num_seeds"):
             continue
-        if isinstance(value, bool):
+        if value is None:
+            different = 0.5
+        elif isinstance(value, bool):
             different = not value
         elif isinstance(value, tuple):
             different = (8, 4)
