@@ -362,7 +362,7 @@ def returns():
 
 
 def betas():
-    config = replace(ppo_penalty.default_config(), total_timesteps=200_000)
+    config = replace(ppo_penalty.Config(), total_timesteps=200_000)
     betas = jnp.array([0.01, 1.0, 100.0])
     metrics = jax.jit(functools.partial(adapted_betas, config))(betas, keys_of(SEEDS))
     return dict(betas=betas, target_kl=config.target_kl, steps=thousand_steps(config), **metrics)
