@@ -5,11 +5,13 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import falls
 import learning
 
 import ppo_discrete
@@ -23,7 +25,8 @@ def test_every_result_was_made_with_the_current_configuration():
         for name in learning.ABLATIONS:
             configuration = learning.ablation_configuration(name, env_id, steps)
             configurations[learning.ablation_path(name, env_id)] = configuration
-    others = (".curve.csv", "locomotion.csv")  # locomotion.py knows which of its rows are current
+    # locomotion.py and falls.py know which of their rows are current.
+    others = (".curve.csv", "locomotion.csv", "falls.csv")
     stored = {p for p in learning.RESULTS.rglob("*.csv") if not p.name.endswith(others)}
     assert len(stored) > 100
     # A file that belongs to no cell has no configuration to agree with.
@@ -82,3 +85,19 @@ def test_the_tables_of_the_document_are_those_of_the_results():
     assert f"<!-- ablations -->\n{learning.ablation_table()}\n<!-- end of ablations -->" in text
     links = re.findall(r"\]\((\.\./[^)#]+)", text)
     assert links and all((learning.DOCUMENT.parent / link).exists() for link in links)
+
+
+def test_the_table_of_falls_is_that_of_the_stored_rows():
+    text = learning.DOCUMENT.read_text()
+    assert f"<!-- falls -->\n{falls.table()}\n<!-- end of falls -->" in text
+    assert len(falls.table().splitlines()) > 2
+
+
+def test_what_counts_as_a_fall():
+    nan = float("nan")
+    ended = np.array([5, 5, 0, 5, 3, 5, 5, 5])
+    returns = np.array([300.0, 495, nan, 300, 300, 450, 390, 399])
+    # Update 1 solves it. Of the low updates after it, 3, 4, 6 and 7, the fourth has too few ends.
+    assert falls.fall(returns, ended, 495, 400) == (1, 6)
+    assert falls.fall(returns[:7], ended[:7], 495, 400) == (1, -1)  # one alone is none
+    assert falls.fall(returns[:1], ended[:1], 495, 400) == (-1, -1)
