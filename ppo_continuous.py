@@ -29,7 +29,7 @@ The policy is a Gaussian in each action dimension; its standard deviation is the
     python ppo_continuous.py --help
 
 Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
-- a step that a time limit cut bootstraps from V(s_{t+1}), one that ended in a terminal state not;
+- truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
 - advantages are normalised per minibatch;
 - rewards and observations are scaled by running statistics and clipped;
 - actions are clipped, and stretched to the bounds;
@@ -340,7 +340,7 @@ def make_train(config, env=None):
         progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # One vector of all parameters is faster. Adam's ε and clipping the norm are details 3 and 11.
+    # Details 11 and 3 (Adam's ε). `flatten`: both are faster on one vector than on a dozen arrays.
     clip_norm = optax.clip_by_global_norm(config.max_grad_norm)
     optimizer = optax.flatten(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)))
 
@@ -503,8 +503,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, which come after what they
-# and the command line import. To copy only the algorithm keep these, and leave out the rest.
+# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, which come after imports.
+# To copy the algorithm alone, leave out what follows "The command line" below.
 
 import contextlib
 import difflib

@@ -28,8 +28,8 @@ environments, so that π leaves the π_old that acted. The ratio ρ_t corrects f
     python ppo_discrete.py --help
 
 Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
-- a step that a time limit cut bootstraps from V(s_{t+1}), one that ended in a terminal state not;
-- advantages are normalised per minibatch; the actor may skip some (kl_threshold, on CartPole);
+- truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
+- advantages are normalised per minibatch; on request the actor skips those with a large KL;
 - rewards, and observations on request, are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½ and, on request, a clip.
@@ -321,7 +321,7 @@ def make_train(config, env=None):
         progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # One vector of all parameters is faster. Adam's ε and clipping the norm are details 3 and 11.
+    # Details 11 and 3 (Adam's ε). `flatten`: both are faster on one vector than on a dozen arrays.
     clip_norm = optax.clip_by_global_norm(config.max_grad_norm)
     optimizer = optax.flatten(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)))
 
@@ -424,7 +424,7 @@ def make_train(config, env=None):
             change, opt_state = optimizer.update(gradient, opt_state)
             # Noise, which is all that Â is once a task is solved, may carry π off despite the clip.
             if config.kl_threshold is not None:
-                skip = metrics["approx_kl"] > config.kl_threshold
+                skip = metrics["approx_kl"] > config.kl_threshold  # Adam and the critic go on
                 change["actor"] = jax.tree.map(lambda x: jnp.where(skip, 0.0, x), change["actor"])
                 metrics["skipped"] = jnp.float32(skip)
             return (optax.apply_updates(params, change), opt_state), metrics
@@ -488,8 +488,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, which come after what they
-# and the command line import. To copy only the algorithm keep these, and leave out the rest.
+# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, which come after imports.
+# To copy the algorithm alone, leave out what follows "The command line" below.
 
 import contextlib
 import difflib

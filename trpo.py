@@ -350,6 +350,7 @@ def line_search(measure, theta, step, max_kl, num_tries, ratio):
 
     def attempt(search):
         candidate = theta + ratio**search.tries * step
+        # Cast, since under x64, too, what a loop carries has to keep its dtype.
         improvement, kl = (jnp.asarray(x, theta.dtype) for x in measure(candidate))
         finite = jnp.isfinite(improvement) & jnp.isfinite(candidate).all()
         moved = (candidate != theta).any()  # else rounding alone may look like an improvement
@@ -626,8 +627,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# It has used `validate`, `make_env` and `shuffled_indices`, which come after what they and the
-# command line import. To copy only the algorithm keep these, and leave out the rest.
+# It has used `validate`, `make_env` and `shuffled_indices`, which come after imports.
+# To copy the algorithm alone, leave out what follows "The command line" below.
 
 import contextlib
 import difflib

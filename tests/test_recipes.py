@@ -230,14 +230,14 @@ def test_a_resumed_run_keeps_its_budget(trained, monkeypatch):
 
 
 def test_evaluation_while_training(execute, tmp_path, keys):
-    changes = (r"100_000", "32_768"), (r"arange\(8\)", "arange(2)")
+    changes = (r"100_000", "32_768"), (r"arange\(8\)", "arange(2)"), (r"= 4, ", "= 1, ")
     names = execute(block("evaluate"), *changes)
     greedy, training = (np.asarray(curve) for curve in names["curves"])
-    assert greedy.shape == training.shape == (2, 4)
-    # The training is that of `train`.
+    assert greedy.shape == training.shape == (2, 16)
+    # The training is that of `train`; later both round otherwise, and part.
     train = jax.vmap(lambda key: ppo_discrete.train(names["config"], key)[1]["episodic_return"])
-    expected = np.asarray(jax.jit(train)(keys(2))).reshape(2, 4, 4)
-    np.testing.assert_allclose(training[:, 0], expected[:, 0].mean(axis=-1), rtol=0.05)
+    expected = np.asarray(jax.jit(train)(keys(2)))
+    np.testing.assert_allclose(training[:, :2], expected[:, :2], rtol=1e-4)
     # Without its noise the policy is better; at first it would fall after nine steps.
     assert (greedy.mean(axis=1) > 1.2 * training.mean(axis=1)).all() and (greedy[:, -1] > 100).all()
     with Image.open(tmp_path / "evaluation.png") as picture:
