@@ -103,7 +103,7 @@ class Config:
 class Categorical(NamedTuple):
     """Distribution over actions 0 ... A-1. All methods work on any leading axes [...]."""
 
-    logits: jax.Array  # [..., A], unnormalised log-probabilities
+    logits: jax.Array  # [..., A], unnormalised log-probabilities; finite, as 0 · -inf is NaN
 
     def sample(self, key):
         """A random action, [...]."""
@@ -556,8 +556,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, which come after imports.
-# To copy the algorithm alone, leave out what follows "The command line" below.
+# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, and of an environment what
+# `Environment` names. To copy it alone, leave out what follows "The command line" below.
 
 import contextlib
 import difflib
@@ -650,8 +650,8 @@ def straight_threefry() -> None:
     """Compile `jax.random` to straight code on the CPU, in the whole process; the same numbers.
 
     JAX runs Threefry-2x32 (Salmon et al. 2011) in loops, with which XLA fuses nothing: without them
-    small runs train a tenth faster and compile in half the time. The API is not stable: where JAX
-    has changed, nothing happens.
+    the default command ends a tenth sooner, mostly by compiling faster. The API is not stable:
+    where JAX has changed, nothing happens.
     """
 
     def threefry2x32(key0, key1, count0, count1):
@@ -692,8 +692,8 @@ def make_take(batch):
     """The function that takes the transitions `indices` [M] of a batch of [B, ...] arrays.
 
     The batch is copied into one matrix, a transition per row, so that a minibatch costs one gather
-    instead of one per array: 7 % of all training time. Whole numbers lie in it as floats, exact up
-    to 2^24; `unravel` gives each its type back.
+    instead of one per array: 7 % of all training time. Integers and booleans lie in it as floats,
+    exact up to 2^24; `unravel` gives each its type back.
     """
     rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, columns]
     _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
@@ -705,8 +705,8 @@ class Environment(NamedTuple):
 
     reset: Callable  # keys [N] -> obs [N, D], env_state
     # keys [N], env_state, action [N] -> env_state, next_obs [N, D], reset_obs [N, D], reward [N],
-    # terminated [N], truncated [N]. Where an episode ended, `next_obs` is its last observation and
-    # `reset_obs` the first one of the next episode; elsewhere both are the same.
+    # terminated [N], truncated [N]. Where an episode ended, `next_obs` is its last observation, and
+    # `reset_obs`, to which env_state belongs, the next one's first; elsewhere both are the same.
     step: Callable
     action_space: Any  # of one environment, as gymnax.environments.spaces has them
 

@@ -134,17 +134,15 @@ def env_id(task):
     return f"environments:{task}-brax"
 
 
-def run_script(script, task, steps, seeds, folder, flags=()):
-    """Run the documented command in `folder`, or go on with what has begun there: the scores."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for source in (ROOT / f"{script}.py", ROOT / "benchmarks" / "environments.py"):
-        shutil.copy(source, folder)
+def run_script(script, env_id, steps, seeds, folder, flags=()):
+    """Run the documented command in `folder`, where the script lies, or go on with what has begun
+    there: the scores, and the steps trained. Then the folder goes away."""
     command = [sys.executable, f"{script}.py"]
     begun = [path.parent for path in folder.glob("runs/*/checkpoints")]
     if begun:
         command += ["--resume", str(begun[0].relative_to(folder))]
     else:
-        command += ["--env-id", env_id(task), "--total-timesteps", str(steps)]
+        command += ["--env-id", env_id, "--total-timesteps", str(steps)]
         command += ["--num-seeds", str(len(seeds)), "--seed", str(seeds[0]), *flags]
     process = subprocess.Popen(command, cwd=folder)
     terminate = lambda *_: process.terminate()
@@ -263,8 +261,12 @@ def complete(cell, path, num_seeds, work, checkout, quick=False):
             scores, trained_steps = train_purejaxrl(checkout, task, steps, seeds, changes)
         else:
             name = "_".join(map(str, (*cell, settings(*cell), seeds[0], len(seeds))))
+            (folder := work / name).mkdir(parents=True, exist_ok=True)
+            for source in (ROOT / f"{algorithm}.py", ROOT / "benchmarks" / "environments.py"):
+                shutil.copy(source, folder)
             flags = QUICK if quick else []
-            scores, trained_steps = run_script(algorithm, task, steps, seeds, work / name, flags)
+            run = (algorithm, env_id(task), steps, seeds, folder, flags)
+            scores, trained_steps = run_script(*run)
         seconds = time.perf_counter() - clock
         add_rows(path, cell, seeds, scores, trained_steps, seconds)
         print(f"{interquartile_mean(np.array(scores)):.2f} in {seconds:.0f} s", flush=True)

@@ -82,14 +82,16 @@ def test_what_is_complete_is_not_trained_again(tmp_path, monkeypatch):
 def test_of_ours_the_missing_seeds_are_trained_side_by_side(tmp_path, monkeypatch):
     cell, path, trained = ("trpo", *CELL[1:]), tmp_path / "locomotion.csv", []
 
-    def run(script, task, steps, seeds, folder, flags):
-        trained.append((script, seeds, folder.parent))
+    def run(script, env_id, steps, seeds, folder, flags):
+        assert {"trpo.py", "environments.py"} == {path.name for path in folder.iterdir()}
+        trained.append((script, env_id, seeds, folder.parent))
         return np.array(seeds) * 10.0, 999_424
 
     monkeypatch.setattr(locomotion, "run_script", run)
     locomotion.complete(cell, path, 2, tmp_path, None)
     locomotion.complete(cell, path, 5, tmp_path, None)
-    assert trained == [("trpo", [0, 1], tmp_path), ("trpo", [2, 3, 4], tmp_path)]
+    hopper = ("trpo", "environments:hopper-brax")
+    assert trained == [(*hopper, [0, 1], tmp_path), (*hopper, [2, 3, 4], tmp_path)]
     assert sorted(locomotion.of_cell(locomotion.read_rows(path), cell)) == [0, 1, 2, 3, 4]
 
 
@@ -109,17 +111,14 @@ text = "\\n".join(["seed,episode,episodic_return,episodic_length", *rows])
 """
 
 
-def test_a_script_that_was_killed_is_resumed(tmp_path, monkeypatch):
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "environments.py").touch()
-    (tmp_path / "trpo.py").write_text(
-        SCRIPT + "Path('../../calls').write_text(open('calls').read())"
-    )
-    monkeypatch.setattr(locomotion, "ROOT", tmp_path)
-    work = tmp_path / "work" / "cell"
+def test_a_script_that_was_killed_is_resumed(tmp_path):
+    (work := tmp_path / "work" / "cell").mkdir(parents=True)
+    script = SCRIPT + "Path('../../calls').write_text(open('calls').read())"
+    (work / "trpo.py").write_text(script)
+    cell = ("trpo", "environments:ant-brax", 1_000_000, [3, 4], work)
     with pytest.raises(SystemExit):
-        locomotion.run_script("trpo", "ant", 1_000_000, [3, 4], work)
-    scores, steps = locomotion.run_script("trpo", "ant", 1_000_000, [3, 4], work)
+        locomotion.run_script(*cell)
+    scores, steps = locomotion.run_script(*cell)
     assert scores.tolist() == [1.5, 6.0] and steps == 999_424 and not work.exists()
     first, second = (tmp_path / "calls").read_text().splitlines()
     flags = "--env-id environments:ant-brax --total-timesteps 1000000 --num-seeds 2 --seed 3"

@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import edits
 import falls
+import heldout
 import learning
 
 import ppo_discrete
@@ -25,8 +27,8 @@ def test_every_result_was_made_with_the_current_configuration():
         for name in learning.ABLATIONS:
             configuration = learning.ablation_configuration(name, env_id, steps)
             configurations[learning.ablation_path(name, env_id)] = configuration
-    # locomotion.py and falls.py know which of their rows are current.
-    others = (".curve.csv", "locomotion.csv", "falls.csv")
+    # Others keep rows of their own.
+    others = (".curve.csv", "locomotion.csv", "falls.csv", "edits.csv", "heldout.csv")
     stored = {p for p in learning.RESULTS.rglob("*.csv") if not p.name.endswith(others)}
     assert len(stored) > 100
     # A file that belongs to no cell has no configuration to agree with.
@@ -91,6 +93,55 @@ def test_the_table_of_falls_is_that_of_the_stored_rows():
     text = learning.DOCUMENT.read_text()
     assert f"<!-- falls -->\n{falls.table()}\n<!-- end of falls -->" in text
     assert len(falls.table().splitlines()) > 2
+
+
+def test_the_table_of_edits_is_that_of_the_stored_rows():
+    text = learning.DOCUMENT.read_text()
+    assert f"<!-- edits -->\n{edits.table()}\n<!-- end of edits -->" in text
+
+
+def test_the_table_of_other_seeds_is_that_of_the_stored_rows():
+    text = learning.DOCUMENT.read_text()
+    assert f"<!-- held out -->\n{heldout.table()}\n<!-- end of held out -->" in text
+
+
+def test_a_policy_plays_in_gymnasium():
+    """Pushed the way it moves, the car arrives after some hundred steps; pushed right, never."""
+    swing = lambda obs: 2 * (obs[..., 1] >= 0)
+    returns = heldout.play_gymnasium("MountainCar-v0", swing, 2)
+    assert returns.shape == (10, 2) and ((-160 < returns) & (returns < -80)).all()
+    right = lambda obs: np.full(obs.shape[:2], 2)
+    assert (heldout.play_gymnasium("MountainCar-v0", right, 1) == -200).all()
+    rest = lambda obs: np.zeros((*obs.shape[:2], 1), np.float32)
+    assert np.allclose(heldout.play_gymnasium("MountainCarContinuous-v0", rest, 1), 0)
+
+
+def test_script_and_edited_script_run_the_same_command(tmp_path, monkeypatch):
+    runs, experiment = [], ("cnn", "Breakout-MinAtar", 2_000_000, 2, "--seed 7")
+
+    def run(script, env_id, steps, seeds, folder, flags):
+        runs.append(
+            [(script, env_id, steps, [*seeds], flags), (folder / f"{script}.py").read_text()]
+        )
+        return np.array([len(runs), 10.0]), 1_998_848
+
+    monkeypatch.setattr(edits, "run_script", run)
+    monkeypatch.setattr(edits, "STORED", tmp_path / "edits.csv")
+    monkeypatch.setattr(edits, "EXPERIMENTS", [experiment])
+    monkeypatch.setattr(edits, "WORK", tmp_path)
+    for edited in (False, True):
+        edits.train(experiment, edited)
+    (command, plain), (again, changed) = runs
+    assert (
+        command == again == ("ppo_discrete", "Breakout-MinAtar", 2_000_000, [0, 1], ["--seed", "7"])
+    )
+    assert plain == (edits.ROOT / "ppo_discrete.py").read_text()
+    assert "nn.Conv" in changed and "nn.Conv" not in plain
+    assert edits.scores_of(experiment, False).tolist() == [1, 10]
+    assert edits.scores_of(experiment, True).tolist() == [2, 10]
+    assert (
+        edits.table().splitlines()[2].startswith("| `cnn` | Breakout-MinAtar | 2M | `--seed 7` |")
+    )
 
 
 def test_what_counts_as_a_fall():
