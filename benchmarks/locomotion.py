@@ -194,6 +194,10 @@ def train_brax(task, steps, seed, changes):
     from brax import envs
     from brax.training.agents.ppo import train as ppo
 
+    # What Brax 0.14.2 calls and JAX 0.11 has no more.
+    jax.device_put_replicated = lambda x, devices: jax.tree.map(
+        lambda leaf: jnp.stack([leaf] * len(devices)), x
+    )
     options = BRAX[task] | changes
     make_policy, params, _ = ppo.train(
         environment=envs.get_environment(task, backend="spring"),

@@ -240,7 +240,9 @@ def test_other_circumstances_are_reported(copy, run, finished):
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_saves_first(number, launch, run, folder, finished):
+    before = signal.signal(number, signal.SIG_DFL)  # under `nohup` it is ignored, and inherited
     process = launch(*SMALL, STEPS)
+    signal.signal(number, before)
     wait_for(lambda: trained(folder, 20), process)
     process.send_signal(number)
     said = "".join(process.communicate(timeout=60))

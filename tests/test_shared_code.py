@@ -250,6 +250,7 @@ def test_above_the_divider_is_the_algorithm_alone(script):
         "validate",
         "make_env",
         "shuffled_indices",
+        "packed",
         *(["make_take"] if script != "trpo" else []),  # TRPO's batch is two arrays
     }
     assert "callback" not in ast.unparse(above) and "jax.debug" not in ast.unparse(above)

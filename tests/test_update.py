@@ -8,6 +8,7 @@ import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import Probe
 from jax.flatten_util import ravel_pytree
@@ -289,3 +290,21 @@ def test_the_actor_skips_minibatches_far_from_the_old_policy(script, keys):
     # Without minibatches the actor stops there: the KL stays near the threshold.
     kept = after(6, 1e-3)
     assert 1e-4 < kept[1] < 0.5 * free[1]
+
+
+@pytest.mark.parametrize("width, vectors", [(64, 1), (128, 0)])
+def test_packed_changes_how_an_optimizer_stores_and_not_what_it_does(width, vectors):
+    config = small(ppo_discrete, hidden_sizes=(width, width))
+    adam = optax.adam(0.1)
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    params, gradient = (
+        {"a": jax.random.normal(next(keys), (3, 2)), "b": jax.random.normal(next(keys), (5,))}
+        for _ in range(2)
+    )
+    changes = []
+    for optimizer in (adam, ppo_discrete.packed(adam, config)):
+        _, state = optimizer.update(gradient, optimizer.init(params))
+        changes.append(optimizer.update(gradient, state)[0])
+        sizes = [x.size for x in jax.tree.leaves(state)]
+    chex.assert_trees_all_close(*changes, rtol=1e-6)
+    assert sizes.count(11) == 2 * vectors  # both moments of all eleven weights
