@@ -15,6 +15,7 @@ know nothing of time limits and never begin a new episode by themselves:
 `side_by_side` makes of them what the scripts use: N environments, cut by a time limit.
 """
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -141,6 +142,10 @@ def brax(task):
     """Brax with its fastest physics, and the time limit that its own training has."""
     from brax import envs
 
+    # With several CPU devices the default partitioner of JAX 0.11 crashes on a `while_loop` around
+    # Brax's steps, as `evaluate` has it. The one before does not; the bits are the same.
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_use_shardy_partitioner", False)
     try:
         env = envs.get_environment(task, backend="spring")
     except KeyError:
