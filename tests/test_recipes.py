@@ -80,6 +80,18 @@ def test_the_episode_becomes_a_picture(trained, execute, tmp_path):
     assert all(np.abs(a - b).max() > 50 for a, b in itertools.pairwise(frames))
 
 
+def test_brax_draws_a_picture(monkeypatch, tmp_path):
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # before MuJoCo is imported
+    envs = pytest.importorskip("brax.envs")
+    env = envs.get_environment("hopper", backend="spring")
+    state = jax.jit(env.reset)(jax.random.key(0)).pipeline_state
+    flat = state.replace(q=state.q.at[1].add(-1.0))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block("brax"), "docs/recipes.md", "exec"), {"seen": [state] * 4 + [flat]})
+    with Image.open(tmp_path / "episode.gif") as picture:
+        assert picture.n_frames == 2 and picture.size == (240, 160)
+
+
 # ---- Follow the curves ----
 
 
