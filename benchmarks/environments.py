@@ -105,14 +105,41 @@ def side_by_side(reset, step, action_space, limit, share=16):
     return Environment(reset_all, step_all, action_space)
 
 
+def without_empty_arrays(reset, step):
+    """The same functions, with a state that is a list of the arrays that have elements.
+
+    MuJoCo's states have some without, which Orbax does not save. Other states stay as they are.
+    """
+    _, state = jax.eval_shape(reset, jax.random.key(0))
+    like, structure = jax.tree.flatten(state)
+    if all(x.size for x in like):
+        return reset, step
+
+    def pack(obs, state, *others):
+        return obs, [x for x in jax.tree.leaves(state) if x.size], *others
+
+    def unpack(arrays):
+        arrays = iter(arrays)
+        leaves = [next(arrays) if x.size else jnp.zeros(x.shape, x.dtype) for x in like]
+        return structure.unflatten(leaves)
+
+    def packed_step(key, arrays, action):
+        return pack(*step(key, unpack(arrays), action))
+
+    return lambda key: pack(*reset(key)), packed_step
+
+
 def brax_like(env, limit):
     """An environment with `reset(key) -> State` and `step(State, action) -> State`, unwrapped.
 
     The libraries' own wrappers end an episode by putting back its first state, and lose the last
     observation. Of observations in several parts, policies see the one that is called "state".
     """
-
     require(env, "reset", "step", "action_size")
+    # With several CPU devices the default partitioner of JAX 0.11 crashes on the loops of both. The
+    # one before does not, but XLA prints a line that it is old; on CartPole the bits were the same.
+    with contextlib.suppress(AttributeError):
+        jax.config.update("jax_use_shardy_partitioner", False)
 
     def look(state):
         require(state, "obs", "reward", "done")
@@ -132,7 +159,8 @@ def brax_like(env, limit):
         clean = lambda x: jnp.where(terminated & ~jnp.isfinite(x), 0.0, x)
         return clean(obs), state, clean(state.reward), terminated
 
-    return side_by_side(reset, step, spaces.Box(-1.0, 1.0, (env.action_size,)), limit)
+    functions = without_empty_arrays(reset, step)
+    return side_by_side(*functions, spaces.Box(-1.0, 1.0, (env.action_size,)), limit)
 
 
 # ---- The libraries -------------------------------------------------------------------------------
@@ -142,10 +170,6 @@ def brax(task):
     """Brax with its fastest physics, and the time limit that its own training has."""
     from brax import envs
 
-    # With several CPU devices the default partitioner of JAX 0.11 crashes on a `while_loop` around
-    # Brax's steps, as `evaluate` has it. The one before does not; the bits are the same.
-    with contextlib.suppress(AttributeError):
-        jax.config.update("jax_use_shardy_partitioner", False)
     try:
         env = envs.get_environment(task, backend="spring")
     except KeyError:

@@ -7,7 +7,7 @@
 Trained are the tasks of classic control, each with its largest budget in the table of results, and
 the configuration of the documented command. The trained policies then play as many episodes in
 Gymnasium's environment of the same name, which is another program with the same rules: greedily,
-with the means of what they saw in training. benchmarks/results/heldout.csv has a row per seed. It
+with the statistics of the training. benchmarks/results/heldout.csv has a row per seed. It
 goes on with the cell that it was at; rows of another configuration count as missing.
 """
 
@@ -30,9 +30,8 @@ from learning import budget, configuration, interquartile_mean, interval, ppo_di
 
 STORED = learning.RESULTS / "heldout.csv"
 SEEDS = np.arange(1000, 1010)
-TASKS = {
-    env_id: steps for env_id, steps, *_ in learning.ROWS if env_id.endswith(("-v0", "-v1"))
-}  # the last
+CLASSIC = [row for row in learning.ROWS if row[0].endswith(("-v0", "-v1"))]
+TASKS = {env_id: steps for env_id, steps, *_ in CLASSIC}  # of several budgets the last, largest
 COLUMNS = "script environment steps seed mean_episodic_return gymnasium date jax configuration"
 COLUMNS = COLUMNS.split()
 
@@ -72,11 +71,11 @@ def greedy(script, config):
     return act
 
 
-def play_gymnasium(env_id, act, episodes, first_seed=0):
+def play_gymnasium(env_id, act, episodes):
     """Returns [seeds, episodes] of `act`, obs [seeds, episodes, D] -> actions, in Gymnasium."""
     shape = len(SEEDS), episodes
     envs = [gymnasium.make(env_id) for _ in range(math.prod(shape))]
-    obs = np.array([env.reset(seed=first_seed + i)[0] for i, env in enumerate(envs)], np.float32)
+    obs = np.array([env.reset(seed=i)[0] for i, env in enumerate(envs)], np.float32)
     total, playing = np.zeros(len(envs)), np.ones(len(envs), bool)
     while playing.any():
         actions = np.asarray(act(obs.reshape(*shape, -1))).reshape(len(envs), -1)

@@ -326,6 +326,26 @@ def test_names_lead_to_the_libraries(libraries):
     assert environments.make("Craftax-Classic-Symbolic").action_space.n == 3
 
 
+def test_a_state_is_kept_without_its_empty_arrays():
+    """The library's own functions get them back; states without such arrays stay as they are."""
+
+    def reset(key):
+        return jnp.ones(2), {"a": jnp.zeros((0, 3), jnp.int32), "b": jnp.arange(2.0)}
+
+    def step(key, state, action):
+        assert state["a"].shape == (0, 3) and state["a"].dtype == jnp.int32
+        return state["b"], state | {"b": state["b"] + action}, jnp.float32(7), False
+
+    packed_reset, packed_step = environments.without_empty_arrays(reset, step)
+    obs, state = packed_reset(jax.random.key(0))
+    assert obs.shape == (2,) and [x.tolist() for x in state] == [[0, 1]]
+    obs, state, reward, terminated = packed_step(jax.random.key(0), state, 5.0)
+    assert obs.tolist() == [0, 1] and [x.tolist() for x in state] == [[5, 6]]
+    assert reward == 7 and terminated is False
+    full = lambda key: (jnp.ones(2), {"b": jnp.ones(2)})
+    assert environments.without_empty_arrays(full, step) == (full, step)
+
+
 def test_death_is_told_from_craftax_time_limit(libraries):
     rollout = roll(environments.make("Craftax-Classic-Symbolic"), n=32, steps=200)
     assert rollout.truncated.sum() > 100 and rollout.terminated.sum() > 20
@@ -602,6 +622,24 @@ def test_brax_itself(installed):
     )
     np.testing.assert_allclose(found, expected.obs, atol=1e-5)
     np.testing.assert_allclose(reward, expected.reward, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "package, name",
+    [
+        ("brax.envs", "inverted_double_pendulum-brax"),
+        ("mujoco_playground", "CartpoleBalance-playground"),
+    ],
+)
+def test_a_library_with_its_seeds_on_two_devices(package, name, folder, environment):
+    """The whole command: JAX's default partitioner compiles neither, Orbax saves no empty array."""
+    pytest.importorskip(package)
+    shutil.rmtree(folder / "brax")  # the stand-in
+    command = [sys.executable, "ppo_continuous.py", *FLAGS[:-1], "128"]
+    command += ["--env-id", f"environments:{name}"]
+    environment = {**environment, "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "on 2 x cpu" in done.stdout, done.stderr
 
 
 def test_playground_itself(installed):
