@@ -26,7 +26,7 @@ SAME_WITHIN = {
     "evaluate": [BOTH_SPACES],  # discrete actions have no bounds
     "critic_loss": [CLIPPED, BOTH_SPACES],  # only these clip it, on request
     "normalize_advantage": [{*NAMES[:3]}],  # TRPO has one step for the whole rollout: its docstring
-    "validate": [CLIPPED],  # which values may be zero
+    "validate": [CLIPPED],  # which values may be zero, and which at most one
     "Transition": [],  # what of π_old the objective needs
     "State": [CLIPPED],  # the penalty adds β; whose parameters Adam knows
     "make_train": [],  # the algorithm itself: see below
@@ -39,7 +39,7 @@ OWN_LINES = {
     "make_env": ["if not hasattr(", "space = getattr(", "raise Failure(f'{env_id} has "],
     "evaluate": ["actor = Actor(", "action = bound_action("],
     "normalize_advantage": [],
-    "validate": ["may_be_zero = ", "most = "],
+    "validate": ["may_be_zero = ", "at_most_one = "],
     "Transition": ["log_prob: ", "policy: "],
     "State": ["beta: "],
     "make_train": ["actor = Actor(", "minibatch_size = ", "clip_norm = ", "optimizer = "],
