@@ -48,6 +48,7 @@ CLIP, PENALTY, TRPO = "clip", "ppo_penalty", "trpo"  # the columns of the table
 LABELS = {CLIP: "PPO-clip", PENALTY: "PPO-penalty", TRPO: "TRPO"}
 COLORS = {CLIP: "tab:blue", PENALTY: "tab:orange", TRPO: "tab:green"}
 CONTINUOUS = ("Pendulum", "MountainCarContinuous", "Reacher", "PointRobot", "Swimmer")
+CONTINUOUS += ("environments:hopper",)
 ROWS = [  # environment, steps per seed, seeds, best published figure
     ("CartPole-v1", 50_000, 10, "500 (100k, PPO and TRPO, rl-zoo)"),
     ("CartPole-v1", 100_000, 10, "500 (100k, PPO and TRPO, rl-zoo)"),
@@ -62,7 +63,10 @@ ROWS = [  # environment, steps per seed, seeds, best published figure
     ("Catch-bsuite", 100_000, 10, "1 (README of gymnax)"),
     ("FourRooms-misc", 100_000, 10, "1 (README of gymnax)"),
     ("DeepSea-bsuite", 200_000, 10, "0 (README of gymnax)"),
+    ("UmbrellaChain-bsuite", 100_000, 10, "-"),
+    ("DiscountingChain-bsuite", 100_000, 10, "-"),
     ("FrozenLake-misc", 300_000, 10, "-"),
+    ("MetaMaze-misc", 1_000_000, 10, "-"),
     ("Pong-misc", 50_000, 10, "-"),
     ("Reacher-misc", 1_000_000, 10, "-"),
     ("PointRobot-misc", 1_000_000, 10, "-"),
@@ -178,6 +182,24 @@ def read_evaluation(run_dir):
     return scores, len(rows) // len(seeds)
 
 
+def write_curve(path, run_dir):
+    """The returns of training: the mean of each hundredth of the run, one column per seed."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        rows = [(r["seed"], int(r["env_step"]), r["episodic_return"]) for r in csv.DictReader(file)]
+    num_seeds = len({seed for seed, *_ in rows})
+    env_steps = np.array([step for _, step, _ in rows]).reshape(-1, num_seeds)[:, 0]
+    returns = np.array([float(value or "nan") for *_, value in rows]).reshape(-1, num_seeds)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["env_step", *range(num_seeds)])
+        for part in np.array_split(np.arange(len(env_steps)), min(100, len(env_steps))):
+            known = np.isfinite(returns[part])
+            total = np.where(known, returns[part], 0).sum(axis=0)
+            means = total / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+            values = ("" if np.isnan(mean) else f"{mean:.5g}" for mean in means)
+            writer.writerow([env_steps[part[-1]], *values])
+
+
 def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
     """Run the documented command in an empty folder; keep each seed's score and the curve."""
     flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--num-seeds", str(num_seeds)]
@@ -190,22 +212,8 @@ def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
         config = json.loads((run_dir / "config.json").read_text())
         del config["format"]
         scores, episodes = read_evaluation(run_dir)
-        with (run_dir / "metrics.csv").open(newline="") as file:
-            curve = [(int(r["env_step"]), r["episodic_return"]) for r in csv.DictReader(file)]
-    path = result_path(script, env_id, steps, folder)
-
-    # The curve: the mean of each hundredth of the run, one column per seed.
-    env_steps = np.array([step for step, _ in curve]).reshape(-1, num_seeds)[:, 0]
-    returns = np.array([float(value or "nan") for _, value in curve]).reshape(-1, num_seeds)
-    with path.with_suffix(".curve.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["env_step", *range(num_seeds)])
-        for part in np.array_split(np.arange(len(env_steps)), min(100, len(env_steps))):
-            known = np.isfinite(returns[part])
-            total = np.where(known, returns[part], 0).sum(axis=0)
-            means = total / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-            values = ("" if np.isnan(mean) else f"{mean:.5g}" for mean in means)
-            writer.writerow([env_steps[part[-1]], *values])
+        path = result_path(script, env_id, steps, folder)
+        write_curve(path.with_suffix(".curve.csv"), run_dir)
     write_scores(path, config, scores, seconds, episodes)
 
 
@@ -228,38 +236,51 @@ def cell_text(script, env_id, steps, num_seeds):
     )
 
 
+def optima():
+    """The best that any policy can do in the episodes of seeds 0 to 9, where that is known."""
+    with (RESULTS / "optimum.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["discount"]) == 1]
+    return {row["environment"]: f"{float(row['seeds_0_to_9']):.2f}" for row in rows}
+
+
 def results_table():
     """One row per environment and budget, one column per algorithm."""
-    lines = [f"| environment | steps | {' | '.join(LABELS.values())} | published PPO or TRPO |"]
-    lines += ["|---|---|---|---|---|---|"]
+    columns = " | ".join(LABELS.values())
+    lines = [f"| environment | steps | {columns} | optimum | published PPO or TRPO |"]
+    lines += ["|---" * 7 + "|"]
+    optimum = optima()
     for env_id, steps, num_seeds, published in ROWS + MINATAR:
         texts = [
             cell_text(script_of(column, env_id), env_id, steps, num_seeds)
             for column in (CLIP, PENALTY, TRPO)
         ]
         if any(texts):
-            lines.append(f"| {env_id} | {budget(steps)} | {' | '.join(texts)} | {published} |")
+            texts += optimum.get(env_id, "-"), published
+            lines.append(f"| {env_id} | {budget(steps)} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
+def draw_curve(axes, paths, label, color):
+    """Interquartile mean over the seeds of these files, and the middle half of them."""
+    parts = [np.genfromtxt(path, delimiter=",", skip_header=1) for path in paths]
+    env_steps, returns = parts[0][:, 0], np.hstack([part[:, 1:] for part in parts])
+    known = np.isfinite(returns).all(axis=1)
+    thousands, returns = env_steps[known] / 1000, returns[known]
+    axes.plot(thousands, interquartile_mean(returns, axis=1), label=label, color=color)
+    low, high = np.quantile(returns, [0.25, 0.75], axis=1)
+    axes.fill_between(thousands, low, high, alpha=0.2, color=color, linewidth=0)
+
+
 def curves_figure():
-    """One panel per environment: interquartile mean over seeds and its middle half."""
+    """One panel per environment."""
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     panels = figure.subplots(2, 3).ravel()
     for axes, (env_id, steps) in zip(panels, CURVES, strict=True):
         for column, label in LABELS.items():
             script = script_of(column, env_id)
             path = result_path(script, env_id, steps)
-            if not is_current(path, configuration(script, env_id, steps, 10)):
-                continue
-            data = np.genfromtxt(path.with_suffix(".curve.csv"), delimiter=",", skip_header=1)
-            env_steps, returns = data[:, 0], data[:, 1:]
-            known = np.isfinite(returns).all(axis=1)
-            env_steps, returns = env_steps[known], returns[known]
-            thousands, color = env_steps / 1000, COLORS[column]
-            axes.plot(thousands, interquartile_mean(returns, axis=1), label=label, color=color)
-            low, high = np.quantile(returns, [0.25, 0.75], axis=1)
-            axes.fill_between(thousands, low, high, alpha=0.2, color=color, linewidth=0)
+            if is_current(path, configuration(script, env_id, steps, 10)):
+                draw_curve(axes, [path.with_suffix(".curve.csv")], label, COLORS[column])
         axes.set(title=env_id, xlabel="thousand steps per seed", ylabel="return in training")
         axes.grid(alpha=0.3)
     panels[0].legend(loc="lower right")
@@ -288,11 +309,13 @@ def repeat_quickly():
 
 # ---- The ablation study ----
 
-ABLATION_ENVS = [  # environment, steps
-    ("CartPole-v1", 100_000),
-    ("Acrobot-v1", 300_000),
-    ("Pendulum-v1", 300_000),
-    ("MountainCarContinuous-v0", 100_000),
+ABLATION_ENVS = [  # environment, steps, seeds; hopper needs Brax (benchmarks/requirements.txt)
+    ("CartPole-v1", 100_000, 10),
+    ("Acrobot-v1", 300_000, 10),
+    ("Pendulum-v1", 300_000, 10),
+    ("MountainCarContinuous-v0", 100_000, 10),
+    ("environments:hopper-brax", 1_000_000, 6),
+    ("Breakout-MinAtar", 2_000_000, 6),
 ]
 
 
@@ -355,7 +378,7 @@ SHOWN = {
 
 def ablation_path(name, env_id):
     words = "".join(c if c.isalnum() or c == "." else "_" for c in name)
-    return RESULTS / "ablations" / f"{words}__{env_id}.csv"
+    return RESULTS / "ablations" / f"{words}__{env_id.rpartition(':')[2]}.csv"
 
 
 def ablation_values(name, script):
@@ -366,19 +389,19 @@ def ablation_values(name, script):
     return {"kl_threshold": None, **values} if has_threshold else values
 
 
-def ablation_configuration(name, env_id, steps):
+def ablation_configuration(name, env_id, steps, num_seeds):
     script = script_of(ABLATIONS[name][0], env_id)
-    return configuration(script, env_id, steps, 10, **ablation_values(name, script))
+    return configuration(script, env_id, steps, num_seeds, **ablation_values(name, script))
 
 
-def run_ablation(name, env_id, steps):
+def run_ablation(name, env_id, steps, num_seeds):
     """Train in this process, with one thing changed; same seeds and episodes as a cell's."""
     column, _, functions = ABLATIONS[name]
     script = importlib.import_module(script_of(column, env_id))
     values = ablation_values(name, script.__name__)
     originals = {function: getattr(script, function) for function in functions}
     config = dataclasses.replace(script.default_config(env_id), total_timesteps=steps, **values)
-    keys = jax.vmap(jax.random.key)(jnp.arange(10))
+    keys = jax.vmap(jax.random.key)(jnp.arange(num_seeds))
 
     def score(key):
         state, _ = script.train(config, key)
@@ -394,26 +417,31 @@ def run_ablation(name, env_id, steps):
         for function, original in originals.items():
             setattr(script, function, original)
     seconds = time.perf_counter() - start
-    stored = ablation_configuration(name, env_id, steps)
+    stored = ablation_configuration(name, env_id, steps, num_seeds)
     write_scores(ablation_path(name, env_id), stored, scores, seconds, script.EVALUATION_EPISODES)
     print(f"{name}, {env_id}: {interquartile_mean(scores):.2f} in {seconds:.0f} s", flush=True)
 
 
-def ablation_scores(name, env_id, steps):
+def ablation_scores(name, env_id, steps, num_seeds):
     """Mean return of each seed, or None where there is no result of today's configuration."""
     path = ablation_path(name, env_id)
-    current = is_current(path, ablation_configuration(name, env_id, steps))
+    current = is_current(path, ablation_configuration(name, env_id, steps, num_seeds))
     return read_scores(path) if current else None
+
+
+def ablation_title(env_id, steps, num_seeds):
+    few = "" if num_seeds == 10 else f", {num_seeds} seeds"
+    return f"{env_id.rpartition(':')[2]}, {budget(steps)}{few}"
 
 
 def ablation_table():
     """One row per ablation, one column per environment."""
-    lines = [f"| | {' | '.join(f'{e}, {budget(s)}' for e, s in ABLATION_ENVS)} |"]
-    lines += ["|---" * (len(ABLATION_ENVS) + 1) + "|"]
+    columns = [ablation_title(*column) for column in ABLATION_ENVS]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in ABLATIONS:
         texts = []
-        for env_id, steps in ABLATION_ENVS:
-            scores = ablation_scores(name, env_id, steps)
+        for column in ABLATION_ENVS:
+            scores = ablation_scores(name, *column)
             if scores is None:
                 texts.append("")
                 continue
@@ -425,17 +453,17 @@ def ablation_table():
 
 def ablation_figure():
     """One panel per environment, one bar of interval and point per ablation."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(2 + 2.5 * len(ABLATION_ENVS), 4.6), layout="constrained")
     panels = figure.subplots(1, len(ABLATION_ENVS), sharey=True)
-    for axes, (env_id, steps) in zip(panels, ABLATION_ENVS, strict=True):
+    for axes, column in zip(panels, ABLATION_ENVS, strict=True):
         for row, name in enumerate(ABLATIONS):
-            scores = ablation_scores(name, env_id, steps)
+            scores = ablation_scores(name, *column)
             if scores is None:
                 continue
             color = COLORS[ABLATIONS[name][0]]
             axes.plot(interval(scores), [row, row], color=color, linewidth=4, alpha=0.4)
             axes.plot(interquartile_mean(scores), row, "o", color=color)
-        axes.set_title(f"{env_id}, {budget(steps)}", fontsize="small")
+        axes.set_title(ablation_title(*column), fontsize="small")
         axes.set_xlabel("return")
         axes.grid(alpha=0.3)
     panels[0].set_yticks(range(len(ABLATIONS)), [SHOWN.get(name, name) for name in ABLATIONS])
@@ -471,13 +499,13 @@ def main():
     if arguments.quick:
         sys.exit(0 if repeat_quickly() else 1)
     if arguments.ablations:
-        ppo_discrete.use_cores(10)  # before JAX starts; 10 is the number of seeds
+        ppo_discrete.use_cores(2)  # before JAX starts; all numbers of seeds are even
         ppo_discrete.straight_threefry()
-        for env_id, steps in ABLATION_ENVS:
+        for column in ABLATION_ENVS:
             for name in ABLATIONS:
-                wanted = arguments.only in f"{name} {env_id}"
-                if wanted and ablation_scores(name, env_id, steps) is None:
-                    run_ablation(name, env_id, steps)
+                wanted = arguments.only in f"{name} {column[0]}"
+                if wanted and ablation_scores(name, *column) is None:
+                    run_ablation(name, *column)
     elif not arguments.tables:
         for cell in cells():
             wanted = arguments.only in " ".join(map(str, cell))

@@ -3,7 +3,7 @@
     python benchmarks/locomotion.py                          # all that has no current result
     python benchmarks/locomotion.py --purejaxrl ~/purejaxrl  # PureJaxRL's, too, from a checkout
     python benchmarks/locomotion.py --only hopper --steps 1000000 --seeds 3
-    python benchmarks/locomotion.py --tables                 # train nothing, print the tables
+    python benchmarks/locomotion.py --tables                 # train nothing, write the tables
     python benchmarks/locomotion.py --quick                  # does it all work? two minutes
 
 It needs `benchmarks/requirements.txt`. Spring physics, episodes of 1000 steps. Ours are run with
@@ -41,8 +41,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import purejaxrl
-from learning import RESULTS, ROOT, budget, configuration, interquartile_mean, interval
-from learning import read_evaluation as read_scores
+from learning import (
+    RESULTS,
+    ROOT,
+    budget,
+    configuration,
+    draw_curve,
+    interquartile_mean,
+    interval,
+    read_evaluation,
+    replace_table,
+    write_curve,
+)
+from matplotlib.figure import Figure
 
 import ppo_discrete  # found through `learning`
 
@@ -105,6 +116,11 @@ def of_cell(rows, cell):
     return {int(row["seed"]): row for row in rows if [row[name] for name in names] == expected}
 
 
+def curve_path(path, cell, first):
+    """Beside the results: the learning curve of a cell of ours, of the seeds from the first on."""
+    return path.with_name(f"{'__'.join(map(str, cell))}__{first}.curve.csv")
+
+
 def add_rows(path, cell, seeds, scores, trained_steps, seconds):
     """Add a row per seed in place of older ones. The file is exchanged as a whole: a kill leaves
     it as it was, or complete."""
@@ -134,9 +150,10 @@ def env_id(task):
     return f"environments:{task}-brax"
 
 
-def run_script(script, env_id, steps, seeds, folder, flags=()):
+def run_script(script, env_id, steps, seeds, folder, flags=(), curve=None):
     """Run the documented command in `folder`, where the script lies, or go on with what has begun
-    there: the scores, and the steps trained. Then the folder goes away."""
+    there: the scores, and the steps trained. Then the folder goes away, but for the learning curve,
+    which is kept in the file `curve`."""
     command = [sys.executable, f"{script}.py"]
     begun = [path.parent for path in folder.glob("runs/*/checkpoints")]
     if begun:
@@ -156,9 +173,11 @@ def run_script(script, env_id, steps, seeds, folder, flags=()):
     if process.returncode:
         sys.exit(process.returncode)
     (run_dir,) = folder.glob("runs/*")
-    scores, _ = read_scores(run_dir)
+    scores, _ = read_evaluation(run_dir)
     config = json.loads((run_dir / "config.json").read_text())
     batch = config["num_envs"] * config["num_steps"]
+    if curve:
+        write_curve(curve, run_dir)
     shutil.rmtree(folder)
     return scores, steps // batch * batch
 
@@ -269,7 +288,8 @@ def complete(cell, path, num_seeds, work, checkout, quick=False):
             for source in (ROOT / f"{algorithm}.py", ROOT / "benchmarks" / "environments.py"):
                 shutil.copy(source, folder)
             flags = QUICK if quick else []
-            run = (algorithm, env_id(task), steps, seeds, folder, flags)
+            curve = curve_path(path, cell, seeds[0])
+            run = (algorithm, env_id(task), steps, seeds, folder, flags, curve)
             scores, trained_steps = run_script(*run)
         seconds = time.perf_counter() - clock
         add_rows(path, cell, seeds, scores, trained_steps, seconds)
@@ -300,6 +320,33 @@ def table(rows, cells):
     return "\n".join(lines)
 
 
+def document_table():
+    """The table in docs/results.md: all cells."""
+    cells = [(name, task, steps) for steps in BUDGETS for task in TASKS for name in LABELS]
+    return table(read_rows(RESULTS / "locomotion.csv"), cells)
+
+
+def curves_figure(path, steps):
+    """One panel per task: ours in training, and what the others' policies return at the end."""
+    rows = read_rows(path)
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, task in zip(figure.subplots(2, 3).ravel(), TASKS, strict=True):
+        for algorithm, label in LABELS.items():
+            cell, color = (algorithm, task, steps), f"C{[*LABELS].index(algorithm)}"
+            found = of_cell(rows, cell)
+            if algorithm in OURS and found:
+                curves = [curve_path(path, cell, seed) for seed in found]
+                draw_curve(axes, [c for c in curves if c.exists()], label, color)
+            elif found:
+                scores = [float(row["mean_episodic_return"]) for row in found.values()]
+                middle = interquartile_mean(np.array(scores))
+                axes.plot(steps / 1000, middle, "o", color=color, label=f"{label}, at the end")
+        axes.set(title=task, xlabel="thousand steps per seed", ylabel="return")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(loc="lower right")
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="what the name of a cell must contain")
@@ -328,6 +375,9 @@ def main():
         for cell in cells:
             complete(cell, path, arguments.seeds, work, arguments.purejaxrl)
     print("\n" + table(read_rows(path), cells))
+    if path == RESULTS / "locomotion.csv":
+        replace_table("locomotion", document_table())
+        curves_figure(path, max(BUDGETS))
 
 
 if __name__ == "__main__":

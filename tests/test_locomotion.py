@@ -82,8 +82,9 @@ def test_what_is_complete_is_not_trained_again(tmp_path, monkeypatch):
 def test_of_ours_the_missing_seeds_are_trained_side_by_side(tmp_path, monkeypatch):
     cell, path, trained = ("trpo", *CELL[1:]), tmp_path / "locomotion.csv", []
 
-    def run(script, env_id, steps, seeds, folder, flags):
+    def run(script, env_id, steps, seeds, folder, flags, curve):
         assert {"trpo.py", "environments.py"} == {path.name for path in folder.iterdir()}
+        assert curve == tmp_path / f"trpo__hopper__1000000__{seeds[0]}.curve.csv"
         trained.append((script, env_id, seeds, folder.parent))
         return np.array(seeds) * 10.0, 999_424
 
@@ -108,6 +109,8 @@ if "--resume" not in sys.argv:
 rows = ["3,0,1.0,9", "3,1,2.0,9", "4,0,5.0,9", "4,1,7.0,9"]
 text = "\\n".join(["seed,episode,episodic_return,episodic_length", *rows])
 (run / "evaluation.csv").write_text(text)
+rows = ["3,4096,", "4,4096,7", "3,8192,8", "4,8192,9"]
+(run / "metrics.csv").write_text("\\n".join(["seed,env_step,episodic_return", *rows]))
 """
 
 
@@ -118,8 +121,10 @@ def test_a_script_that_was_killed_is_resumed(tmp_path):
     cell = ("trpo", "environments:ant-brax", 1_000_000, [3, 4], work)
     with pytest.raises(SystemExit):
         locomotion.run_script(*cell)
-    scores, steps = locomotion.run_script(*cell)
+    curve = tmp_path / "curve.csv"
+    scores, steps = locomotion.run_script(*cell, curve=curve)
     assert scores.tolist() == [1.5, 6.0] and steps == 999_424 and not work.exists()
+    assert curve.read_text() == "env_step,0,1\n4096,,7\n8192,8,9\n"
     first, second = (tmp_path / "calls").read_text().splitlines()
     flags = "--env-id environments:ant-brax --total-timesteps 1000000 --num-seeds 2 --seed 3"
     assert first == flags and second == "--resume runs/it"

@@ -15,6 +15,7 @@ import edits
 import falls
 import heldout
 import learning
+import locomotion
 
 import ppo_discrete
 
@@ -23,12 +24,19 @@ def test_every_result_was_made_with_the_current_configuration():
     configurations = {
         learning.result_path(*cell[:3]): learning.configuration(*cell) for cell in learning.cells()
     }
-    for env_id, steps in learning.ABLATION_ENVS:
+    for column in learning.ABLATION_ENVS:
         for name in learning.ABLATIONS:
-            configuration = learning.ablation_configuration(name, env_id, steps)
-            configurations[learning.ablation_path(name, env_id)] = configuration
+            configuration = learning.ablation_configuration(name, *column)
+            configurations[learning.ablation_path(name, column[0])] = configuration
     # Others keep rows of their own.
-    others = (".curve.csv", "locomotion.csv", "falls.csv", "edits.csv", "heldout.csv")
+    others = (
+        ".curve.csv",
+        "locomotion.csv",
+        "falls.csv",
+        "edits.csv",
+        "heldout.csv",
+        "optimum.csv",
+    )
     stored = {p for p in learning.RESULTS.rglob("*.csv") if not p.name.endswith(others)}
     assert len(stored) > 100
     # A file that belongs to no cell has no configuration to agree with.
@@ -103,6 +111,11 @@ def test_the_table_of_edits_is_that_of_the_stored_rows():
 def test_the_table_of_other_seeds_is_that_of_the_stored_rows():
     text = learning.DOCUMENT.read_text()
     assert f"<!-- held out -->\n{heldout.table()}\n<!-- end of held out -->" in text
+
+
+def test_the_table_of_locomotion_is_that_of_the_stored_rows():
+    text = learning.DOCUMENT.read_text()
+    assert f"<!-- locomotion -->\n{locomotion.document_table()}\n<!-- end of locomotion -->" in text
 
 
 def test_a_policy_plays_in_gymnasium():
