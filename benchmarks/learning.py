@@ -429,6 +429,12 @@ def ablation_scores(name, env_id, steps, num_seeds):
     return read_scores(path) if current else None
 
 
+def ablation_columns():
+    """Those with a result."""
+    known = lambda column: any(ablation_path(name, column[0]).exists() for name in ABLATIONS)
+    return [column for column in ABLATION_ENVS if known(column)]
+
+
 def ablation_title(env_id, steps, num_seeds):
     few = "" if num_seeds == 10 else f", {num_seeds} seeds"
     return f"{env_id.rpartition(':')[2]}, {budget(steps)}{few}"
@@ -436,11 +442,11 @@ def ablation_title(env_id, steps, num_seeds):
 
 def ablation_table():
     """One row per ablation, one column per environment."""
-    columns = [ablation_title(*column) for column in ABLATION_ENVS]
+    columns = [ablation_title(*column) for column in ablation_columns()]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in ABLATIONS:
         texts = []
-        for column in ABLATION_ENVS:
+        for column in ablation_columns():
             scores = ablation_scores(name, *column)
             if scores is None:
                 texts.append("")
@@ -453,9 +459,10 @@ def ablation_table():
 
 def ablation_figure():
     """One panel per environment, one bar of interval and point per ablation."""
-    figure = Figure(figsize=(2 + 2.5 * len(ABLATION_ENVS), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(ABLATION_ENVS), sharey=True)
-    for axes, column in zip(panels, ABLATION_ENVS, strict=True):
+    columns = ablation_columns()
+    figure = Figure(figsize=(2 + 2.5 * len(columns), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True)
+    for axes, column in zip(panels, columns, strict=True):
         for row, name in enumerate(ABLATIONS):
             scores = ablation_scores(name, *column)
             if scores is None:
