@@ -19,8 +19,7 @@ import time
 from importlib.metadata import version
 
 import numpy as np
-from learning import RESULTS, ROOT, budget, interquartile_mean, interval, replace_table
-from locomotion import run_script
+from learning import RESULTS, ROOT, budget, interquartile_mean, interval, replace_table, run_script
 
 EDITS = ROOT / "tests" / "edits"
 STORED, WORK = RESULTS / "edits.csv", ROOT / "runs" / "edits"
@@ -78,13 +77,13 @@ def train(experiment, edited):
     print(f"\n{edit if edited else 'as it is'}: {script}.py --env-id {env_id} {flags}", flush=True)
     clock = time.perf_counter()
     seeds = range(num_seeds)
-    scores, trained_steps = run_script(script, env_id, steps, seeds, folder, flags.split())
-    made = (trained_steps, f"{time.perf_counter() - clock:.0f}", time.strftime("%Y-%m-%d"))
+    run = run_script(script, env_id, steps, seeds, folder, flags.split())
+    made = (run.trained_steps, f"{time.perf_counter() - clock:.0f}", time.strftime("%Y-%m-%d"))
     is_new = not STORED.exists()
     with STORED.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS] * is_new)
-        for seed, score in zip(seeds, scores, strict=True):
+        for seed, score in zip(seeds, run.scores, strict=True):
             row = *name_of(experiment, edited), seed, f"{score:.6g}", *made, version("jax")
             writer.writerow(row)
 

@@ -11,7 +11,8 @@ flag. Its result is a CSV file in benchmarks/results/: one row per seed with the
 greedy evaluation, below two lines that say when, on what and with which configuration it was made;
 beside it the learning curve, thinned out. A result of another configuration than the current one,
 because a default or a preset has changed, counts as missing. Delete a file to have it made again.
-A run that was killed goes on with the cell that it was at.
+A run that was stopped or killed goes on where it was, from the last checkpoint of the cell, which
+lies in runs/learning/.
 
 An ablation changes one thing: a value of the configuration, or one of the script's public
 functions, which is replaced in the loaded module. The scripts need no flag for it. Its seeds
@@ -25,12 +26,15 @@ import functools
 import importlib
 import json
 import platform
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +44,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WORK = ROOT / "runs" / "learning"
 DOCUMENT = ROOT / "docs" / "results.md"
 sys.path.insert(0, str(ROOT))
 import ppo_discrete
@@ -200,21 +205,55 @@ def write_curve(path, run_dir):
             writer.writerow([env_steps[part[-1]], *values])
 
 
-def run_cell(script, env_id, steps, num_seeds, folder=RESULTS):
-    """Run the documented command in an empty folder; keep each seed's score and the curve."""
-    flags = ["--env-id", env_id, "--total-timesteps", str(steps), "--num-seeds", str(num_seeds)]
-    print(f"\npython {script}.py {' '.join(flags)}", flush=True)
-    with tempfile.TemporaryDirectory() as empty:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / f"{script}.py", *flags], cwd=empty, check=True)
-        seconds = time.perf_counter() - start
-        (run_dir,) = Path(empty).glob("runs/*")
-        config = json.loads((run_dir / "config.json").read_text())
-        del config["format"]
-        scores, episodes = read_evaluation(run_dir)
-        path = result_path(script, env_id, steps, folder)
-        write_curve(path.with_suffix(".curve.csv"), run_dir)
-    write_scores(path, config, scores, seconds, episodes)
+class Run(NamedTuple):
+    scores: np.ndarray  # [seeds]
+    episodes: int  # of each seed, whose mean is its score
+    trained_steps: int  # per seed
+    config: dict  # as in config.json, but for its format
+
+
+def run_script(script, env_id, steps, seeds, folder, flags=(), curve=None):
+    """Run the documented command in `folder`, where the script lies, or go on with what has begun
+    there. Then the folder goes away, but for the learning curve, which is kept as `curve`."""
+    command = [sys.executable, f"{script}.py"]
+    begun = [path.parent for path in folder.glob("runs/*/checkpoints")]
+    if begun:
+        command += ["--resume", str(begun[0].relative_to(folder))]
+    else:
+        command += ["--env-id", env_id, "--total-timesteps", str(steps)]
+        command += ["--num-seeds", str(len(seeds)), "--seed", str(seeds[0]), *flags]
+    print(f"\npython {' '.join(command[1:])}", flush=True)
+    process = subprocess.Popen(command, cwd=folder)
+    terminate = lambda *_: process.terminate()
+    before = signal.signal(signal.SIGTERM, terminate)
+    while process.returncode is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # the script got it, too, and saves
+            continue
+    signal.signal(signal.SIGTERM, before)
+    if process.returncode:
+        sys.exit(process.returncode)
+    (run_dir,) = folder.glob("runs/*")
+    config = json.loads((run_dir / "config.json").read_text())
+    del config["format"]
+    batch = config["num_envs"] * config["num_steps"]
+    run = Run(*read_evaluation(run_dir), steps // batch * batch, config)
+    if curve:
+        write_curve(curve, run_dir)
+    shutil.rmtree(folder)
+    return run
+
+
+def run_cell(script, env_id, steps, num_seeds, folder=RESULTS, work=WORK):
+    """Run the documented command; keep each seed's score and the curve."""
+    path = result_path(script, env_id, steps, folder)
+    (empty := work / f"{path.stem}__{num_seeds}").mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / f"{script}.py", empty)
+    start = time.perf_counter()
+    curve = path.with_suffix(".curve.csv")
+    run = run_script(script, env_id, steps, range(num_seeds), empty, curve=curve)
+    write_scores(path, run.config, run.scores, time.perf_counter() - start, run.episodes)
 
 
 def budget(steps):
@@ -293,7 +332,7 @@ def repeat_quickly():
     with tempfile.TemporaryDirectory() as folder:
         for env_id, steps, column in QUICK:
             script = script_of(column, env_id)
-            run_cell(script, env_id, steps, 10, Path(folder))
+            run_cell(script, env_id, steps, 10, Path(folder), Path(folder))
             score = interquartile_mean(
                 read_scores(result_path(script, env_id, steps, Path(folder)))
             )

@@ -28,9 +28,6 @@ import functools
 import hashlib
 import json
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -49,9 +46,8 @@ from learning import (
     draw_curve,
     interquartile_mean,
     interval,
-    read_evaluation,
     replace_table,
-    write_curve,
+    run_script,
 )
 from matplotlib.figure import Figure
 
@@ -148,38 +144,6 @@ def add_rows(path, cell, seeds, scores, trained_steps, seconds):
 
 def env_id(task):
     return f"environments:{task}-brax"
-
-
-def run_script(script, env_id, steps, seeds, folder, flags=(), curve=None):
-    """Run the documented command in `folder`, where the script lies, or go on with what has begun
-    there: the scores, and the steps trained. Then the folder goes away, but for the learning curve,
-    which is kept in the file `curve`."""
-    command = [sys.executable, f"{script}.py"]
-    begun = [path.parent for path in folder.glob("runs/*/checkpoints")]
-    if begun:
-        command += ["--resume", str(begun[0].relative_to(folder))]
-    else:
-        command += ["--env-id", env_id, "--total-timesteps", str(steps)]
-        command += ["--num-seeds", str(len(seeds)), "--seed", str(seeds[0]), *flags]
-    process = subprocess.Popen(command, cwd=folder)
-    terminate = lambda *_: process.terminate()
-    before = signal.signal(signal.SIGTERM, terminate)
-    while process.returncode is None:
-        try:
-            process.wait()
-        except KeyboardInterrupt:  # the script got it, too, and saves
-            continue
-    signal.signal(signal.SIGTERM, before)
-    if process.returncode:
-        sys.exit(process.returncode)
-    (run_dir,) = folder.glob("runs/*")
-    scores, _ = read_evaluation(run_dir)
-    config = json.loads((run_dir / "config.json").read_text())
-    batch = config["num_envs"] * config["num_steps"]
-    if curve:
-        write_curve(curve, run_dir)
-    shutil.rmtree(folder)
-    return scores, steps // batch * batch
 
 
 def play(env, policy, key, repeat=1):
@@ -289,8 +253,8 @@ def complete(cell, path, num_seeds, work, checkout, quick=False):
                 shutil.copy(source, folder)
             flags = QUICK if quick else []
             curve = curve_path(path, cell, seeds[0])
-            run = (algorithm, env_id(task), steps, seeds, folder, flags, curve)
-            scores, trained_steps = run_script(*run)
+            run = run_script(algorithm, env_id(task), steps, seeds, folder, flags, curve)
+            scores, trained_steps = run.scores, run.trained_steps
         seconds = time.perf_counter() - clock
         add_rows(path, cell, seeds, scores, trained_steps, seconds)
         print(f"{interquartile_mean(np.array(scores)):.2f} in {seconds:.0f} s", flush=True)

@@ -86,7 +86,7 @@ def test_of_ours_the_missing_seeds_are_trained_side_by_side(tmp_path, monkeypatc
         assert {"trpo.py", "environments.py"} == {path.name for path in folder.iterdir()}
         assert curve == tmp_path / f"trpo__hopper__1000000__{seeds[0]}.curve.csv"
         trained.append((script, env_id, seeds, folder.parent))
-        return np.array(seeds) * 10.0, 999_424
+        return SimpleNamespace(scores=np.array(seeds) * 10.0, trained_steps=999_424)
 
     monkeypatch.setattr(locomotion, "run_script", run)
     locomotion.complete(cell, path, 2, tmp_path, None)
@@ -94,40 +94,6 @@ def test_of_ours_the_missing_seeds_are_trained_side_by_side(tmp_path, monkeypatc
     hopper = ("trpo", "environments:hopper-brax")
     assert trained == [(*hopper, [0, 1], tmp_path), (*hopper, [2, 3, 4], tmp_path)]
     assert sorted(locomotion.of_cell(locomotion.read_rows(path), cell)) == [0, 1, 2, 3, 4]
-
-
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-run = Path("runs/it")
-(run / "checkpoints").mkdir(parents=True, exist_ok=True)
-with open("calls", "a") as file:
-    print(*sys.argv[1:], file=file)
-if "--resume" not in sys.argv:
-    os.kill(os.getpid(), 9)
-(run / "config.json").write_text(json.dumps(dict(num_envs=16, num_steps=256)))
-rows = ["3,0,1.0,9", "3,1,2.0,9", "4,0,5.0,9", "4,1,7.0,9"]
-text = "\\n".join(["seed,episode,episodic_return,episodic_length", *rows])
-(run / "evaluation.csv").write_text(text)
-rows = ["3,4096,", "4,4096,7", "3,8192,8", "4,8192,9"]
-(run / "metrics.csv").write_text("\\n".join(["seed,env_step,episodic_return", *rows]))
-"""
-
-
-def test_a_script_that_was_killed_is_resumed(tmp_path):
-    (work := tmp_path / "work" / "cell").mkdir(parents=True)
-    script = SCRIPT + "Path('../../calls').write_text(open('calls').read())"
-    (work / "trpo.py").write_text(script)
-    cell = ("trpo", "environments:ant-brax", 1_000_000, [3, 4], work)
-    with pytest.raises(SystemExit):
-        locomotion.run_script(*cell)
-    curve = tmp_path / "curve.csv"
-    scores, steps = locomotion.run_script(*cell, curve=curve)
-    assert scores.tolist() == [1.5, 6.0] and steps == 999_424 and not work.exists()
-    assert curve.read_text() == "env_step,0,1\n4096,,7\n8192,8,9\n"
-    first, second = (tmp_path / "calls").read_text().splitlines()
-    flags = "--env-id environments:ant-brax --total-timesteps 1000000 --num-seeds 2 --seed 3"
-    assert first == flags and second == "--resume runs/it"
 
 
 def test_a_policy_is_scored_by_its_first_episodes(monkeypatch):

@@ -1,9 +1,9 @@
 """The tables in docs/results.md are those of the stored results, these of the scripts' defaults."""
 
-import dataclasses
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +16,6 @@ import falls
 import heldout
 import learning
 import locomotion
-
-import ppo_discrete
 
 
 def test_every_result_was_made_with_the_current_configuration():
@@ -66,27 +64,51 @@ def test_a_result_that_was_not_written_to_its_end_counts_as_missing(tmp_path, mo
 
 
 def test_a_run_of_the_command_line_is_a_result_of_its_configuration(tmp_path, monkeypatch):
-    def run(command, cwd, check):
-        assert command[2:] == "--env-id CartPole-v1 --total-timesteps 50000 --num-seeds 2".split()
-        monkeypatch.chdir(cwd)
-        run_dir = Path(cwd, ppo_discrete.create_run(config))
-        (run_dir / "evaluation.csv").write_text(
-            "seed,episode,episodic_return,episodic_length\n0,0,1,1\n0,1,2,1\n1,0,3,1\n1,1,5,1\n"
-        )
-        (run_dir / "metrics.csv").write_text(
-            "seed,update,env_step,episodic_return\n0,1,64,\n1,1,64,7\n0,2,128,8\n1,2,128,9\n"
-        )
-
-    cell = "ppo_discrete", "CartPole-v1", 50_000
-    config = dataclasses.replace(ppo_discrete.default_config(), total_timesteps=50_000, num_seeds=2)
-    monkeypatch.setattr(learning.subprocess, "run", run)
-    here = Path.cwd()
-    learning.run_cell(*cell, 2, tmp_path)
-    monkeypatch.chdir(here)
-    path = learning.result_path(*cell, tmp_path)
+    cell, work = ("ppo_discrete", "CartPole-v1", 4096), tmp_path / "work"
+    monkeypatch.setattr(learning, "result_path", lambda *_: tmp_path / "cell.csv")
+    learning.run_cell(*cell, 2, tmp_path, work)
+    path = tmp_path / "cell.csv"
     assert learning.is_current(path, learning.configuration(*cell, 2))
-    assert learning.read_scores(path).tolist() == [1.5, 4.0]
-    assert path.with_suffix(".curve.csv").read_text() == "env_step,0,1\n64,,7\n128,8,9\n"
+    scores = learning.read_scores(path)
+    assert scores.shape == (2,) and (8 < scores).all() and (scores <= 500).all()
+    curve = path.with_suffix(".curve.csv").read_text().splitlines()
+    assert curve[0] == "env_step,0,1" and curve[-1].startswith("4096,")
+    assert not [*work.iterdir()]  # nothing is left behind
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+run = Path("runs/it")
+(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+with open("calls", "a") as file:
+    print(*sys.argv[1:], file=file)
+if "--resume" not in sys.argv:
+    os.kill(os.getpid(), 9)
+(run / "config.json").write_text(json.dumps(dict(num_envs=16, num_steps=256, format=3)))
+rows = ["3,0,1.0,9", "3,1,2.0,9", "4,0,5.0,9", "4,1,7.0,9"]
+text = "\\n".join(["seed,episode,episodic_return,episodic_length", *rows])
+(run / "evaluation.csv").write_text(text)
+rows = ["3,4096,", "4,4096,7", "3,8192,8", "4,8192,9"]
+(run / "metrics.csv").write_text("\\n".join(["seed,env_step,episodic_return", *rows]))
+"""
+
+
+def test_a_script_that_was_killed_is_resumed(tmp_path):
+    (work := tmp_path / "work" / "cell").mkdir(parents=True)
+    script = SCRIPT + "Path('../../calls').write_text(open('calls').read())"
+    (work / "trpo.py").write_text(script)
+    cell = ("trpo", "environments:ant-brax", 1_000_000, [3, 4], work)
+    with pytest.raises(SystemExit):
+        learning.run_script(*cell)
+    curve = tmp_path / "curve.csv"
+    run = learning.run_script(*cell, curve=curve)
+    assert run.scores.tolist() == [1.5, 6.0] and run.episodes == 2 and not work.exists()
+    assert run.trained_steps == 999_424 and run.config == dict(num_envs=16, num_steps=256)
+    assert curve.read_text() == "env_step,0,1\n4096,,7\n8192,8,9\n"
+    first, second = (tmp_path / "calls").read_text().splitlines()
+    flags = "--env-id environments:ant-brax --total-timesteps 1000000 --num-seeds 2 --seed 3"
+    assert first == flags and second == "--resume runs/it"
 
 
 def test_the_tables_of_the_document_are_those_of_the_results():
@@ -136,7 +158,7 @@ def test_script_and_edited_script_run_the_same_command(tmp_path, monkeypatch):
         runs.append(
             [(script, env_id, steps, [*seeds], flags), (folder / f"{script}.py").read_text()]
         )
-        return np.array([len(runs), 10.0]), 1_998_848
+        return SimpleNamespace(scores=np.array([len(runs), 10.0]), trained_steps=1_998_848)
 
     monkeypatch.setattr(edits, "run_script", run)
     monkeypatch.setattr(edits, "STORED", tmp_path / "edits.csv")
