@@ -114,7 +114,7 @@ def of_cell(rows, cell):
 
 def curve_path(path, cell, first):
     """Beside the results: the learning curve of a cell of ours, of the seeds from the first on."""
-    return path.with_name(f"{'__'.join(map(str, cell))}__{first}.curve.csv")
+    return path.with_suffix("") / f"{'__'.join(map(str, cell))}__{first}.curve.csv"
 
 
 def add_rows(path, cell, seeds, scores, trained_steps, seconds):
@@ -253,6 +253,7 @@ def complete(cell, path, num_seeds, work, checkout, quick=False):
                 shutil.copy(source, folder)
             flags = QUICK if quick else []
             curve = curve_path(path, cell, seeds[0])
+            curve.parent.mkdir(parents=True, exist_ok=True)
             run = run_script(algorithm, env_id(task), steps, seeds, folder, flags, curve)
             scores, trained_steps = run.scores, run.trained_steps
         seconds = time.perf_counter() - clock

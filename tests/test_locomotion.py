@@ -84,7 +84,7 @@ def test_of_ours_the_missing_seeds_are_trained_side_by_side(tmp_path, monkeypatc
 
     def run(script, env_id, steps, seeds, folder, flags, curve):
         assert {"trpo.py", "environments.py"} == {path.name for path in folder.iterdir()}
-        assert curve == tmp_path / f"trpo__hopper__1000000__{seeds[0]}.curve.csv"
+        assert curve == tmp_path / "locomotion" / f"trpo__hopper__1000000__{seeds[0]}.curve.csv"
         trained.append((script, env_id, seeds, folder.parent))
         return SimpleNamespace(scores=np.array(seeds) * 10.0, trained_steps=999_424)
 
