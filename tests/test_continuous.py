@@ -14,6 +14,7 @@ from conftest import ContinuousProbe
 from gymnax.environments import spaces
 
 import ppo_continuous
+import ppo_penalty
 import trpo
 from ppo_continuous import Config, bound_action, make_train, train
 from trpo import DiagGaussian  # that of ppo_continuous, and `kl` (test_shared_code.py)
@@ -157,6 +158,16 @@ def test_the_rollout_stores_the_raw_action_and_its_density(keys, monkeypatch):
     assert (np.abs(action) > 1).mean() > 0.2
     # The first policy is N(0, 1) but for its tiny last layer.
     np.testing.assert_allclose(log_prob, scipy.stats.norm.logpdf(action).sum(-1), atol=0.15)
+
+
+@pytest.mark.parametrize("script", [ppo_continuous, ppo_penalty, trpo])
+def test_the_first_actions_have_the_std_that_is_asked_for(script, keys):
+    stds = jnp.array([1.0, 0.5, 0.1])  # vmapped, as in a sweep
+    config = script.Config("Pendulum-v1", num_envs=4, hidden_sizes=(8,))
+    first = lambda std, key: script.make_train(replace(config, initial_std=std))[0](key)
+    params = jax.vmap(first)(stds, keys(3)).params["actor"]["params"]
+    np.testing.assert_allclose(np.exp(params["log_std"]), stds[:, None], rtol=1e-6)
+    assert script.default_config("environments:ant-brax").initial_std == 0.5
 
 
 def test_the_environment_gets_the_bounded_action_in_its_shape(keys):

@@ -42,7 +42,13 @@ OWN_LINES = {
     "validate": ["may_be_zero = ", "at_most_one = "],
     "Transition": ["log_prob: ", "policy: "],
     "State": ["beta: "],
-    "make_train": ["actor = Actor(", "minibatch_size = ", "clip_norm = ", "optimizer = "],
+    "make_train": [
+        "size = math.prod(",
+        "actor = Actor(",
+        "minibatch_size = ",
+        "clip_norm = ",
+        "optimizer = ",
+    ],
     "make_train.init": ["beta=", "opt_state="],
     "make_train.act": ["log_prob, done = ", "done = ", "transition = Transition("],
     # The actor of ppo_discrete and ppo_penalty may skip a minibatch.
