@@ -35,7 +35,7 @@ EXPERIMENTS = [
     ("shared_trunk", "CartPole-v1", 50_000, 10, f"{UNSCALED} 0.005"),
     ("shared_trunk", "CartPole-v1", 50_000, 10, f"{UNSCALED} 0.0001"),
     ("squashed_gaussian", "Pendulum-v1", 100_000, 10, ""),
-    ("squashed_gaussian", "environments:hopper-brax", 1_000_000, 5, ""),
+    ("squashed_gaussian", "environments:hopper-brax", 1_000_000, 5, "--initial-std 1"),
     ("recurrent", POSITIONS, 500_000, 6, ""),
     ("cnn", "Breakout-MinAtar", 2_000_000, 6, ""),
 ]
