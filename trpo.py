@@ -80,7 +80,7 @@ class Config:
     normalize_reward: bool = True  # divide rewards by the discounted return's std
     hidden_sizes: tuple[int, ...] = (64, 64)  # widths of the hidden layers of actor and critic
     activation: Literal["tanh", "relu"] = "tanh"  # nonlinearity of the hidden layers
-    initial_std: float = 1.0  # of continuous actions at first; ±1 are the bounds
+    initial_std: float = 1.0  # std of the first continuous actions, where ±1 are the bounds
 
     @property
     def batch_size(self) -> int:
