@@ -291,9 +291,11 @@ def document_table():
     return table(read_rows(RESULTS / "locomotion.csv"), cells)
 
 
-def curves_figure(path, steps):
-    """One panel per task: ours in training, and what the others' policies return at the end."""
+def curves_figure(path):
+    """One panel per task, for the largest budget that has results: ours in training, and what the
+    policies of the others return at the end."""
     rows = read_rows(path)
+    steps = max(int(row["steps"]) for row in rows)
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axes, task in zip(figure.subplots(2, 3).ravel(), TASKS, strict=True):
         for algorithm, label in LABELS.items():
@@ -308,7 +310,9 @@ def curves_figure(path, steps):
                 axes.plot(steps / 1000, middle, "o", color=color, label=f"{label}, at the end")
         axes.set(title=task, xlabel="thousand steps per seed", ylabel="return")
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(loc="lower right")
+    each = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    known = {label: handle for pairs in each for handle, label in pairs}
+    figure.axes[0].legend(known.values(), known.keys(), loc="lower right")
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
@@ -342,7 +346,7 @@ def main():
     print("\n" + table(read_rows(path), cells))
     if path == RESULTS / "locomotion.csv":
         replace_table("locomotion", document_table())
-        curves_figure(path, max(BUDGETS))
+        curves_figure(path)
 
 
 if __name__ == "__main__":
