@@ -172,7 +172,7 @@ class Actor(nn.Module):
         # Tiny weights: the first means are near 0, the middle of the range. A std of 1 explores all
         # of it, 0.5 often learns more in many dimensions (both Andrychowicz et al. 2020, 3.2).
         mean = mlp(obs, self.hidden_sizes, self.activation, self.action_size, 0.01)
-        start = jnp.full(self.action_size, jnp.log(self.initial_std))
+        start = jnp.full(self.action_size, jnp.log(self.initial_std), float)
         log_std = self.param("log_std", lambda _: start)
         return DiagGaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
