@@ -74,7 +74,7 @@ def train(experiment, edited):
     shutil.copy(ROOT / f"{script}.py", folder)
     if edited:
         subprocess.run(["patch", "-s", "-p1", "-i", patch], cwd=folder, check=True)
-    print(f"\n{edit if edited else 'as it is'}: {script}.py --env-id {env_id} {flags}", flush=True)
+    print(f"\n{edit}: {'edited' if edited else 'as it is'}", flush=True)
     clock = time.perf_counter()
     seeds = range(num_seeds)
     run = run_script(script, env_id, steps, seeds, folder, flags.split())

@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -52,8 +53,7 @@ import ppo_discrete
 CLIP, PENALTY, TRPO = "clip", "ppo_penalty", "trpo"  # the columns of the table
 LABELS = {CLIP: "PPO-clip", PENALTY: "PPO-penalty", TRPO: "TRPO"}
 COLORS = {CLIP: "tab:blue", PENALTY: "tab:orange", TRPO: "tab:green"}
-CONTINUOUS = ("Pendulum", "MountainCarContinuous", "Reacher", "PointRobot", "Swimmer")
-CONTINUOUS += ("environments:hopper",)
+CONTINUOUS = ("Pendulum", "MountainCarContinuous", "Reacher", "PointRobot", "Swimmer", "hopper")
 ROWS = [  # environment, steps per seed, seeds, best published figure
     ("CartPole-v1", 50_000, 10, "500 (100k, PPO and TRPO, rl-zoo)"),
     ("CartPole-v1", 100_000, 10, "500 (100k, PPO and TRPO, rl-zoo)"),
@@ -104,7 +104,8 @@ def script_of(column, env_id):
     """The script behind a column of the table."""
     if column != CLIP:
         return column
-    return "ppo_continuous" if env_id.startswith(CONTINUOUS) else "ppo_discrete"
+    name = env_id.rpartition(":")[2]
+    return "ppo_continuous" if name.startswith(CONTINUOUS) else "ppo_discrete"
 
 
 def cells():
@@ -248,7 +249,10 @@ def run_script(script, env_id, steps, seeds, folder, flags=(), curve=None):
 def run_cell(script, env_id, steps, num_seeds, folder=RESULTS, work=WORK):
     """Run the documented command; keep each seed's score and the curve."""
     path = result_path(script, env_id, steps, folder)
-    (empty := work / f"{path.stem}__{num_seeds}").mkdir(parents=True, exist_ok=True)
+    # Of another configuration nothing is to go on: its folder has another name.
+    asked = json.dumps(configuration(script, env_id, steps, num_seeds))
+    empty = work / f"{path.stem}__{zlib.crc32(asked.encode())}"
+    empty.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / f"{script}.py", empty)
     start = time.perf_counter()
     curve = path.with_suffix(".curve.csv")

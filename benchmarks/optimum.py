@@ -158,6 +158,8 @@ def play(task, env_id, discount, table, seed):
 
 
 class Finite(NamedTuple):
+    """A task whose states are the numbers from 0 to num_states - 1."""
+
     # state, action -> probability, next state, reward, ended: [outcomes], or what broadcasts to it
     outcomes: Callable
     observe: Callable  # obs [N, D] -> states [N]
@@ -246,9 +248,11 @@ FINITE = {
     "FourRooms-misc": Finite(walk, lambda obs: obs[..., 0] * 13 + obs[..., 1], 169, 4, 500),
     "Catch-bsuite": Finite(catch, look_at_catch, 250, 3, 9),
     "DeepSea-bsuite": Finite(dive, where_one, 72, 2, 8),
+    # need, has, 1 - time / 10
     "UmbrellaChain-bsuite": Finite(
         forecast, lambda obs: (1 - obs[..., 2]) * 40 + obs[..., 0] * 2 + obs[..., 1], 44, 2, 10
     ),
+    # the action chosen, or -1, which counts as 5; time / 100
     "DiscountingChain-bsuite": Finite(
         choose, lambda obs: obs[..., 1] * 600 + obs[..., 0] % 6, 606, 5, 100
     ),
