@@ -79,6 +79,7 @@ class Config:
     beta: float = 1.0  # the penalty's weight β at the start; adapted within 1e-4 ... 1e4
     adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
     kl_threshold: float | None = None  # the actor skips minibatches of a larger KL
+    ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss; of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = True  # scale observations to running mean 0, variance 1
@@ -439,8 +440,8 @@ def make_train(config, env=None):
         kl = old_policy.kl(policy).mean()
         policy_loss = beta * kl - surrogate(ratio, normalize_advantage(advantage))
         value_loss = critic_loss(value, target)
-        total_loss = policy_loss + config.vf_coef * value_loss
         entropy = policy.entropy().mean()
+        total_loss = policy_loss + config.vf_coef * value_loss - config.ent_coef * entropy
         losses = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy)
         return total_loss, losses | dict(minibatch_kl=kl)
 
@@ -621,7 +622,7 @@ def default_config(env_id: str = Config.env_id) -> Config:
 
 def validate(config: Config) -> None:
     """Raise Failure on values that cannot work; arrays, which may be traced, pass unseen."""
-    may_be_zero = {"seed", "gamma", "gae_lambda", "beta", "vf_coef"}
+    may_be_zero = {"seed", "gamma", "gae_lambda", "beta", "ent_coef", "vf_coef"}
     at_most_one = {"gamma", "gae_lambda"}
     for name, value in vars(config).items():
         default = getattr(Config, name)

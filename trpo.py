@@ -31,8 +31,8 @@ V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: d
 Departures from the paper: advantages by GAE with a learned critic (Schulman et al. 2016), and
 normalised; F is damped, and computed from all states; a time limit, like the end of a rollout, is
 no end for V; observations and rewards are scaled by running statistics (δ holds under those with
-which the policy acted); actions are clipped and stretched to bounds; weights start orthogonal.
-"Detail n": Huang et al. 2022, The 37 Implementation Details of PPO.
+which the policy acted); actions are clipped and stretched to bounds; weights start orthogonal;
+L may have an entropy bonus. "Detail n": Huang et al. 2022, The 37 Implementation Details of PPO.
 """
 
 import math
@@ -68,6 +68,7 @@ class Config:
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     max_kl: float = 0.01  # δ, bound on the mean KL(old ‖ new) over the states of a rollout
+    ent_coef: float = 0.0  # weight of the entropy bonus
     cg_iterations: int = 10  # iterations of conjugate gradient
     cg_damping: float = 0.1  # λ of F + λI
     line_search_tries: int = 10  # steps to try, the full one included
@@ -506,17 +507,16 @@ def make_train(config, env=None):
         policy_at = lambda theta: actor.apply(unravel(theta), obs)
         old_policy = policy_at(theta)  # π_old: the statistics are still those of the rollout
         old_log_prob = old_policy.log_prob(action)
-        L = lambda policy: surrogate(jnp.exp(policy.log_prob(action) - old_log_prob), advantage)
+        ratio = lambda new: jnp.exp(new.log_prob(action) - old_log_prob)
+        L = lambda new: surrogate(ratio(new), advantage) + config.ent_coef * new.entropy().mean()
         old_L, gradient = jax.value_and_grad(lambda theta: L(policy_at(theta)))(theta)
         F = fisher_vector_product(policy_at, theta)
-        step, cg_residual = trust_region_step(
-            F, gradient, config.max_kl, config.cg_damping, config.cg_iterations
-        )
-        gain = lambda policy: (L(policy) - old_L, old_policy.kl(policy).mean())
+        settings = config.max_kl, config.cg_damping, config.cg_iterations
+        step, cg_residual = trust_region_step(F, gradient, *settings)
+        gain = lambda new: (L(new) - old_L, old_policy.kl(new).mean())
         measure = lambda theta: gain(policy_at(theta))
-        search = line_search(
-            measure, theta, step, config.max_kl, config.line_search_tries, config.line_search_ratio
-        )
+        settings = config.max_kl, config.line_search_tries, config.line_search_ratio
+        search = line_search(measure, theta, step, *settings)
         metrics = dict(surrogate_improvement=search.improvement, kl=search.kl)
         metrics |= dict(step_accepted=jnp.float32(search.accepted), line_search_steps=search.tries)
         metrics |= dict(cg_residual=cg_residual, entropy=old_policy.entropy().mean())
@@ -688,7 +688,7 @@ def default_config(env_id: str = Config.env_id) -> Config:
 
 def validate(config: Config) -> None:
     """Raise Failure on values that cannot work; arrays, which may be traced, pass unseen."""
-    may_be_zero = {"seed", "gamma", "gae_lambda", "cg_damping"}
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "cg_damping"}
     at_most_one = {"gamma", "gae_lambda", "line_search_ratio"}
     for name, value in vars(config).items():
         default = getattr(Config, name)

@@ -77,12 +77,12 @@ ROWS = [  # environment, steps per seed, seeds, best published figure
     ("PointRobot-misc", 1_000_000, 10, "-"),
     ("Swimmer-misc", 1_000_000, 10, "-"),
 ]
-MINATAR = [  # an hour each: as far as time allows
-    ("Breakout-MinAtar", 10_000_000, 3, "50.1 (10M, PPO, gymnax-blines)"),
-    ("SpaceInvaders-MinAtar", 10_000_000, 3, "170 (10M, PPO, PureJaxRL)"),
-    ("Asterix-MinAtar", 10_000_000, 3, "17.8 (10M, PPO, gymnax-blines)"),
-    ("Freeway-MinAtar", 10_000_000, 3, "61.8 (10M, PPO, gymnax-blines)"),
-    ("Seaquest-MinAtar", 10_000_000, 3, "-"),
+MINATAR = [  # half an hour each; seeds of PPO-clip, PPO-penalty, TRPO
+    ("Breakout-MinAtar", 10_000_000, (3, 3, 3), "50.1 (10M, PPO, gymnax-blines)"),
+    ("SpaceInvaders-MinAtar", 10_000_000, (3, 3, 3), "170 (10M, PPO, PureJaxRL)"),
+    ("Asterix-MinAtar", 10_000_000, (3, 3, 3), "17.8 (10M, PPO, gymnax-blines)"),
+    ("Freeway-MinAtar", 10_000_000, (3, 3, 3), "61.8 (10M, PPO, gymnax-blines)"),
+    ("Seaquest-MinAtar", 10_000_000, (3, 3, 3), "-"),
 ]
 CURVES = [  # panels of the figure
     ("CartPole-v1", 100_000),
@@ -108,11 +108,17 @@ def script_of(column, env_id):
     return "ppo_continuous" if name.startswith(CONTINUOUS) else "ppo_discrete"
 
 
+def cells_of(row):
+    """(script, environment, steps, seeds) of a row of the table."""
+    env_id, steps, seeds, _ = row
+    scripts = [script_of(column, env_id) for column in LABELS]
+    seeds = [seeds] * len(scripts) if isinstance(seeds, int) else seeds
+    return [(script, env_id, steps, n) for script, n in zip(scripts, seeds, strict=True)]
+
+
 def cells():
-    """(script, environment, steps, seeds) of the whole table."""
-    for column in (CLIP, PENALTY, TRPO):
-        for env_id, steps, num_seeds, _ in ROWS + MINATAR:
-            yield script_of(column, env_id), env_id, steps, num_seeds
+    """Those of the whole table, algorithm by algorithm."""
+    return [cell for column in zip(*map(cells_of, ROWS + MINATAR), strict=True) for cell in column]
 
 
 # ---- Results on disk ----
@@ -292,11 +298,9 @@ def results_table():
     lines = [f"| environment | steps | {columns} | optimum | published PPO or TRPO |"]
     lines += ["|---" * 7 + "|"]
     optimum = optima()
-    for env_id, steps, num_seeds, published in ROWS + MINATAR:
-        texts = [
-            cell_text(script_of(column, env_id), env_id, steps, num_seeds)
-            for column in (CLIP, PENALTY, TRPO)
-        ]
+    for row in ROWS + MINATAR:
+        env_id, steps, _, published = row
+        texts = [cell_text(*cell) for cell in cells_of(row)]
         if any(texts):
             texts += optimum.get(env_id, "-"), published
             lines.append(f"| {env_id} | {budget(steps)} | {' | '.join(texts)} |")

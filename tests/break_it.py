@@ -52,7 +52,7 @@ MUTATIONS = {
         "ppo_discrete",
         "- config.ent_coef * entropy",
         "+ config.ent_coef * entropy",
-        "test_training.py::test_the_entropy_bonus_keeps_the_policy_random",
+        "test_training.py::test_the_entropy_bonus_keeps_the_policy_random[ppo_discrete]",
     ),
     "limit-is-an-end": Mutation(
         "ppo_discrete",

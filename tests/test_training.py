@@ -246,9 +246,11 @@ PROBE = Config(
 
 def solve(config, keys):
     """Train three seeds; return the values (per seed) of given observations, and the policies."""
-    states, _ = jax.jit(jax.vmap(partial(train, config)))(keys(3))
-    critic = ppo_discrete.Critic(config.hidden_sizes, config.activation)
-    actor = ppo_discrete.Actor(2, config.hidden_sizes, config.activation)
+    script = sys.modules[type(config).__module__]
+    states, _ = jax.jit(jax.vmap(partial(script.train, config)))(keys(3))
+    critic = script.Critic(config.hidden_sizes, config.activation)
+    actions = 2 if script is ppo_discrete else spaces.Discrete(2)
+    actor = script.Actor(actions, config.hidden_sizes, config.activation)
 
     def value(obs):
         obs = jnp.asarray(obs, jnp.float32)
@@ -282,8 +284,11 @@ def test_probe_action_is_learned(keys):
     assert (probability([1, 0]) > 0.95).all()
 
 
-def test_the_entropy_bonus_keeps_the_policy_random(keys):
-    _, probability = solve(replace(PROBE, env_id="ProbeAction-test", ent_coef=10.0), keys)
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo], ids=lambda s: s.__name__)
+def test_the_entropy_bonus_keeps_the_policy_random(script, keys):
+    values = {name: value for name, value in vars(PROBE).items() if hasattr(script.Config, name)}
+    config = script.Config(**values | dict(env_id="ProbeAction-test", ent_coef=10.0))
+    _, probability = solve(config, keys)
     # The optimum is π ∝ exp(Â / c_2), and with even odds the normalised advantages are ±1.
     np.testing.assert_allclose(probability([1, 0]), 1 / (1 + np.exp(-2 / 10)), atol=0.01)
 
