@@ -312,7 +312,7 @@ def curves_figure(path):
         axes.grid(alpha=0.3)
     each = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
     known = {label: handle for pairs in each for handle, label in pairs}
-    figure.axes[0].legend(known.values(), known.keys(), loc="lower right")
+    figure.axes[1].legend(known.values(), known.keys(), loc="lower right")  # there is room
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 

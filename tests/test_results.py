@@ -140,6 +140,29 @@ def test_the_table_of_locomotion_is_that_of_the_stored_rows():
     assert f"<!-- locomotion -->\n{locomotion.document_table()}\n<!-- end of locomotion -->" in text
 
 
+def test_the_table_of_the_readme_is_that_of_the_stored_results():
+    text = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## Speed")[0]
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    table = [*learning.ROWS, *learning.MINATAR]
+    known = {(row[0], learning.budget(row[1])): learning.cells_of(row) for row in table}
+    locomotion_rows = locomotion.read_rows(learning.RESULTS / "locomotion.csv")
+
+    def scores(env_id, steps):
+        """Of the seeds of each algorithm, on Brax of the two others', too."""
+        if not env_id.endswith("-brax"):
+            paths = [learning.result_path(*cell[:3]) for cell in known[env_id, steps]]
+            return [learning.read_scores(path) for path in paths]
+        cells = [(name, env_id.removesuffix("-brax"), 1_000_000) for name in locomotion.LABELS]
+        found = [locomotion.of_cell(locomotion_rows, cell).values() for cell in cells]
+        return [[float(row["mean_episodic_return"]) for row in each] for each in found]
+
+    assert len(rows) == 9
+    for env_id, steps, *ours, compared in rows[1:]:
+        others = re.findall(r"(?:Brax's PPO|PureJaxRL) (-?[\d.]+)", compared)
+        means = [learning.interquartile_mean(np.array(x)) for x in scores(env_id, steps)]
+        assert ours + others == [f"{mean:.1f}" for mean in means]
+
+
 def test_a_policy_plays_in_gymnasium():
     """Pushed the way it moves, the car arrives after some hundred steps; pushed right, never."""
     swing = lambda obs: 2 * (obs[..., 1] >= 0)
