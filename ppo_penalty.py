@@ -33,7 +33,7 @@ TRPO's constraint. Halved, it makes d four times as large, if the epochs reach t
     python ppo_penalty.py --help
 
 Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
-- β is clamped, and kept if d is not finite;
+- β is clamped, and kept if d is not finite; L_KLPEN may have the entropy bonus of eq. 9;
 - truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
 - advantages are normalised per minibatch; on request the actor skips those with a large KL;
 - rewards and observations are scaled by running statistics and clipped;
@@ -79,7 +79,7 @@ class Config:
     beta: float = 1.0  # the penalty's weight β at the start; adapted within 1e-4 ... 1e4
     adaptive_beta: bool = True  # adapt β after each update; otherwise it stays as it is
     kl_threshold: float | None = None  # the actor skips minibatches of a larger KL
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus (c_2 of eq. 9)
     vf_coef: float = 0.5  # weight of the value loss; of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
     normalize_obs: bool = True  # scale observations to running mean 0, variance 1
@@ -431,7 +431,7 @@ def make_train(config, env=None):
         return state._replace(env_state=env_state, obs=reset_obs, episode=episode), transition
 
     def loss(params, beta, obs, action, old_policy, old_log_prob, advantage, target):
-        """The negative of eq. 8 on a minibatch plus the value loss, and the metrics."""
+        """Minus eq. 8 on a minibatch, the value loss, minus the entropy bonus; and the metrics."""
         chex.assert_shape([old_log_prob, advantage, target], (minibatch_size,))
         policy = actor.apply(params["actor"], obs)
         value = critic.apply(params["critic"], obs)  # [M]

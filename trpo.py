@@ -68,7 +68,7 @@ class Config:
     gamma: float = 0.99  # discount γ
     gae_lambda: float = 0.95  # λ of generalised advantage estimation
     max_kl: float = 0.01  # δ, bound on the mean KL(old ‖ new) over the states of a rollout
-    ent_coef: float = 0.0  # weight of the entropy bonus
+    ent_coef: float = 0.0  # weight of the entropy bonus (c_2 of PPO eq. 9)
     cg_iterations: int = 10  # iterations of conjugate gradient
     cg_damping: float = 0.1  # λ of F + λI
     line_search_tries: int = 10  # steps to try, the full one included
@@ -507,16 +507,16 @@ def make_train(config, env=None):
         policy_at = lambda theta: actor.apply(unravel(theta), obs)
         old_policy = policy_at(theta)  # π_old: the statistics are still those of the rollout
         old_log_prob = old_policy.log_prob(action)
-        ratio = lambda new: jnp.exp(new.log_prob(action) - old_log_prob)
+        ratio = lambda new: jnp.exp(new.log_prob(action) - old_log_prob)  # [T, N]
         L = lambda new: surrogate(ratio(new), advantage) + config.ent_coef * new.entropy().mean()
         old_L, gradient = jax.value_and_grad(lambda theta: L(policy_at(theta)))(theta)
         F = fisher_vector_product(policy_at, theta)
-        settings = config.max_kl, config.cg_damping, config.cg_iterations
-        step, cg_residual = trust_region_step(F, gradient, *settings)
+        step_settings = config.max_kl, config.cg_damping, config.cg_iterations
+        step, cg_residual = trust_region_step(F, gradient, *step_settings)
         gain = lambda new: (L(new) - old_L, old_policy.kl(new).mean())
         measure = lambda theta: gain(policy_at(theta))
-        settings = config.max_kl, config.line_search_tries, config.line_search_ratio
-        search = line_search(measure, theta, step, *settings)
+        search_settings = config.max_kl, config.line_search_tries, config.line_search_ratio
+        search = line_search(measure, theta, step, *search_settings)
         metrics = dict(surrogate_improvement=search.improvement, kl=search.kl)
         metrics |= dict(step_accepted=jnp.float32(search.accepted), line_search_steps=search.tries)
         metrics |= dict(cg_residual=cg_residual, entropy=old_policy.entropy().mean())

@@ -15,7 +15,7 @@ of ours from its last checkpoint, which lies in runs/locomotion/.
 
 What is not the same for all:
 - Brax trains in whole iterations of 0.3M to 1.6M steps, and does as many as reach the budget: it
-  gets up to 0.7M steps more than the others. The column `trained_steps` has the number.
+  gets up to 0.64M steps more than the others. The column `trained_steps` has the number.
 - Brax has published settings of PPO for four of the tasks, and of SAC for hopper and walker2d;
   there its PPO gets the settings for halfcheetah, the other planar runner.
 - Brax and PureJaxRL reset to the state in which an environment began, and PureJaxRL takes a time

@@ -145,6 +145,7 @@ def test_the_table_of_the_readme_is_that_of_the_stored_results():
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     table = [*learning.ROWS, *learning.MINATAR]
     known = {(row[0], learning.budget(row[1])): learning.cells_of(row) for row in table}
+    brax_steps = {learning.budget(steps): steps for steps in locomotion.BUDGETS}
     locomotion_rows = locomotion.read_rows(learning.RESULTS / "locomotion.csv")
 
     def scores(env_id, steps):
@@ -152,7 +153,8 @@ def test_the_table_of_the_readme_is_that_of_the_stored_results():
         if not env_id.endswith("-brax"):
             paths = [learning.result_path(*cell[:3]) for cell in known[env_id, steps]]
             return [learning.read_scores(path) for path in paths]
-        cells = [(name, env_id.removesuffix("-brax"), 1_000_000) for name in locomotion.LABELS]
+        task, steps = env_id.removesuffix("-brax"), brax_steps[steps]
+        cells = [(name, task, steps) for name in locomotion.LABELS]
         found = [locomotion.of_cell(locomotion_rows, cell).values() for cell in cells]
         return [[float(row["mean_episodic_return"]) for row in each] for each in found]
 
