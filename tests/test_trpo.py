@@ -398,6 +398,23 @@ def test_the_update_takes_what_the_search_found(keys, env_id, scale, monkeypatch
     assert all(jax.tree.leaves(same)) == (scale < 0)
 
 
+def test_the_fisher_matrix_can_be_that_of_every_fifth_step(keys, monkeypatch):
+    original, seen = trpo.fisher_vector_product, []
+
+    def recorded(policy_at, theta):
+        seen.append(policy_at(theta).logits)  # of the states that count
+        return original(policy_at, theta)
+
+    monkeypatch.setattr(trpo, "fisher_vector_product", recorded)
+    for stride in (1, 5):
+        init, update = make_train(replace(SMALL, fisher_stride=stride))
+        _, metrics = update(init(keys(1)[0]), None)
+        assert metrics["step_accepted"] == 1
+    every, fifth = seen
+    assert every.shape == (16, 4, 2)
+    np.testing.assert_array_equal(fifth, every[np.array([0, 5, 10, 15])])
+
+
 def test_zero_advantages_leave_the_policy(keys):
     # No reward, and a critic that expects none.
     config = replace(SMALL, env_id="ProbeNothing-test")
