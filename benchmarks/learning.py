@@ -78,11 +78,11 @@ ROWS = [  # environment, steps per seed, seeds, best published figure
     ("Swimmer-misc", 1_000_000, 10, "-"),
 ]
 MINATAR = [  # seeds of PPO-clip, PPO-penalty and TRPO: as far as time allows
-    ("Breakout-MinAtar", 10_000_000, (3, 3, 6), "50.1 (10M, PPO, gymnax-blines)"),
+    ("Breakout-MinAtar", 10_000_000, (3, 6, 6), "50.1 (10M, PPO, gymnax-blines)"),
     ("SpaceInvaders-MinAtar", 10_000_000, (3, 3, 6), "170 (10M, PPO, PureJaxRL)"),
     ("Asterix-MinAtar", 10_000_000, (3, 3, 6), "17.8 (10M, PPO, gymnax-blines)"),
     ("Freeway-MinAtar", 10_000_000, (3, 3, 6), "61.8 (10M, PPO, gymnax-blines)"),
-    ("Seaquest-MinAtar", 10_000_000, (3, 3, 6), "-"),
+    ("Seaquest-MinAtar", 10_000_000, (3, 3, 2), "-"),
 ]
 CURVES = [  # panels of the figure
     ("CartPole-v1", 100_000),
