@@ -677,7 +677,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "MinAtar": dict(num_envs=64, num_steps=128, fisher_stride=5, update_epochs=4, activation="relu")
     | dict(max_kl=0.1, ent_coef=0.1),  # without the bonus it soon tries nothing new
     "Breakout-MinAtar": dict(max_kl=0.03),
-    "SpaceInvaders-MinAtar": dict(ent_coef=0.03),
+    "SpaceInvaders-MinAtar": dict(max_kl=0.03, ent_coef=0.01),
     "Asterix-MinAtar": dict(gae_lambda=0.65),  # its advantages are noisy
     "Freeway-MinAtar": dict(gae_lambda=0.8),  # likewise
 }
