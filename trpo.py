@@ -676,8 +676,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "DeepSea-bsuite": dict(num_envs=64),  # the first rollout has to find one path of 2^8
     "MinAtar": dict(num_envs=64, num_steps=128, fisher_stride=5, update_epochs=4, activation="relu")
     | dict(max_kl=0.1, ent_coef=0.1),  # without the bonus it soon tries nothing new
-    "Breakout-MinAtar": dict(max_kl=0.03),
-    "SpaceInvaders-MinAtar": dict(max_kl=0.03, ent_coef=0.01),
+    "Breakout-MinAtar": dict(max_kl=0.03),  # after 5M steps 45 instead of 31 with 0.1
+    "SpaceInvaders-MinAtar": dict(max_kl=0.03, ent_coef=0.01),  # 170 instead of 147 with 0.1, 0.03
     "Asterix-MinAtar": dict(gae_lambda=0.65),  # its advantages are noisy
     "Freeway-MinAtar": dict(gae_lambda=0.8),  # likewise
 }
