@@ -71,7 +71,7 @@ class Config:
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2 of PPO eq. 9)
     cg_iterations: int = 10  # iterations of conjugate gradient
     cg_damping: float = 0.1  # λ of F + λI
-    fisher_stride: int = 1  # F is computed from every n-th step of a rollout
+    fisher_stride: int = 1  # F is computed from every n-th step of a rollout (appendix C)
     line_search_tries: int = 10  # steps to try, the full one included
     line_search_ratio: float = 0.8  # length of each, as a fraction of the one before
     learning_rate: float = 1e-3  # the critic's: Adam's step size at the start
@@ -279,10 +279,10 @@ def critic_loss(value, target):
 def fisher_vector_product(policy_at, theta):
     """The linear map v [P] -> F v [P], with the Fisher matrix F [P, P] at θ_old.
 
-    `policy_at` maps θ [P] to the distributions of the states: all B, or some, which costs less and
-    does, as F is only a metric (appendix C). F is the Hessian of the mean KL(π_old ‖ π_θ) at θ_old,
-    and so Jᵀ M J (appendix C.1): J is the Jacobian of the distributions' parameters (logits; mean
-    and log σ) in θ, M the Hessian of the mean KL in these.
+    `policy_at` maps θ [P] to the distributions of B states, or of fewer: F is only a metric. It is
+    the Hessian of the mean KL(π_old ‖ π_θ) at θ_old, so Jᵀ M J (appendix C.1): J is the Jacobian of
+    the distributions' parameters (logits; mean and log σ) in θ, M the Hessian of the mean KL in
+    these. (To linearise the KL's gradient would compute another term, which is zero at θ_old.)
     """
     old_policy, jacobian = jax.linearize(policy_at, theta)
     transpose = jax.linear_transpose(jacobian, theta)
@@ -679,7 +679,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Breakout-MinAtar": dict(max_kl=0.03),  # after 5M steps 45 instead of 31 with 0.1
     "SpaceInvaders-MinAtar": dict(max_kl=0.03, ent_coef=0.01),  # 170 instead of 147 with 0.1, 0.03
     "Asterix-MinAtar": dict(gae_lambda=0.65),  # its advantages are noisy
-    "Freeway-MinAtar": dict(gae_lambda=0.8),  # likewise
+    "Freeway-MinAtar": dict(gae_lambda=0.8),  # likewise; without the bonus 39 instead of 34
 }
 
 
