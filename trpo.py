@@ -257,7 +257,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0, since a mean would only add noise; variance 1 for comparable metrics alone."""
+    """Mean 0, since a mean would only add noise; variance 1 for comparable metrics and ent_coef."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
