@@ -55,7 +55,7 @@ import optax
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of PPO with the clipped objective, discrete actions."""
+    """Hyperparameters of PPO-clip; PRESETS, below, has exceptions for some environments."""
 
     env_id: str = "CartPole-v1"  # a gymnax environment
     seed: int = 0  # the first seed; the others count up from it
@@ -192,7 +192,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0, variance 1 over a minibatch: one learning rate for all scales (detail 7)."""
+    """Mean 0, variance 1 over a minibatch: the same settings suit all scales (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 

@@ -5,21 +5,21 @@ In state s_t an agent draws an action a_t from its policy π(· | s_t), receives
 finds itself in s_{t+1}. It is to learn a π with a large expected return E[Σ γ^t r_t]. The policy
 gradient E[∇ log π(a_t|s_t) Â_t] makes an action more probable if it was better than expected: the
 advantage Â_t compares what followed a_t with the value V(s_t), which a second network predicts.
-This is the other half of the PPO paper (Schulman et al. 2017, arXiv:1707.06347, section 4): many
+Beside its clip the PPO paper has this (Schulman et al. 2017, arXiv:1707.06347, section 4): many
 gradient steps on each rollout of a policy π_old, where TRPO's constraint E[KL(π_old ‖ π_θ)] ≤ δ has
 become a penalty of weight β. None suits all tasks, so it is adapted by how far each update moved.
 
     ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3, where it is r_t)
     L_KLPEN(θ) = E[ ρ_t Â_t - β KL(π_old(·|s_t) ‖ π_θ(·|s_t)) ]                            (eq. 8)
-    d = E[KL(π_old ‖ π_θ)] over the rollout, after the update; for the next one        (section 4)
+    d = E[KL(π_old ‖ π_θ)] over the rollout, after the update; the next one has        (section 4)
     β / 2   if d < d_targ / 1.5,      2 β   if d > 1.5 d_targ,      else β
     Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1},    V_target = Â_t + V(s_t)     (eq. 11*)
     δ_t  = r_t + γ V(s_{t+1}) - V(s_t)             (eq. 12; * whose exponent T-t+1 is a misprint)
 
-Let F be the Fisher matrix of π_old and g the policy gradient. A small step x changes L by gᵀx and
-costs β ½ xᵀF x; the best one, F⁻¹g / β, has d = gᵀF⁻¹g / (2β²). So β is the Lagrange multiplier of
-TRPO's constraint. Halved, it makes d four times as large, if the epochs reach the optimum
-(docs/derivations.md).
+Let F be the Fisher matrix of π_old and g the policy gradient. A small step x changes E[ρ_t Â_t] by
+gᵀx and costs β ½ xᵀF x; the best one, F⁻¹g / β, has d = gᵀF⁻¹g / (2β²). So β is the Lagrange
+multiplier of TRPO's constraint. Halved, it makes d four times as large, if the epochs reach the
+optimum (docs/derivations.md).
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
     ρ_t ratio              Â_t advantage            V value          V_target target
@@ -35,7 +35,7 @@ TRPO's constraint. Halved, it makes d four times as large, if the epochs reach t
 Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
 - β is clamped, and kept if d is not finite; L_KLPEN may have the entropy bonus of eq. 9;
 - truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
-- advantages are normalised per minibatch; on request the actor skips those with a large KL;
+- advantages are normalised per minibatch, which the actor skips if its KL exceeds kl_threshold;
 - rewards and observations are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½; actions are stretched to the bounds.
@@ -61,7 +61,7 @@ import optax
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of PPO with the adaptive KL penalty."""
+    """Hyperparameters of PPO-penalty; PRESETS, below, has exceptions for some environments."""
 
     env_id: str = "CartPole-v1"  # a gymnax environment
     seed: int = 0  # the first seed; the others count up from it
@@ -261,7 +261,7 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 
 
 def normalize_advantage(advantage):
-    """Mean 0, variance 1 over a minibatch: one learning rate for all scales (detail 7)."""
+    """Mean 0, variance 1 over a minibatch: the same settings suit all scales (detail 7)."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 

@@ -10,12 +10,12 @@ data of the old policy can be trusted: measured in the policies' outputs, not in
 
     maximise over θ    L(θ) = E[ π_θ(a_t|s_t) / π_old(a_t|s_t) · Â_t ]        (eq. 14, with Â for Q)
     subject to         E[ KL(π_old(·|s_t) ‖ π_θ(·|s_t)) ] ≤ δ
-    near θ_old         maximise gᵀx subject to ½ xᵀF x ≤ δ, F = E[∇ log π ∇ log πᵀ]       (eq. 17)
+    near θ_old         maximise gᵀx subject to ½ xᵀF x ≤ δ, with F = ∇² E[KL] at θ_old    (eq. 17)
     solved by          x = √( 2δ / gᵀF⁻¹g ) F⁻¹g, along the natural gradient          (appendix C)
 
-F is never formed: conjugate gradient solves F x = g from products F v. λ is added to its diagonal
-(damping), since some directions in θ hardly change the policy: ½ xᵀF x is less than δ then. The
-step is a proposal: a line search shortens it until L, on the data, has grown and KL ≤ δ.
+F, the Fisher matrix, is never formed: conjugate gradient finds F⁻¹g from products F v. λ is added
+to its diagonal (damping), since some directions in θ hardly change the policy; then ½ xᵀ(F+λI)x = δ
+and ½ xᵀF x is less. A line search shortens the step until L, on the data, has grown and KL ≤ δ.
 V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: docs/derivations.md.
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
@@ -29,9 +29,9 @@ V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: d
     python trpo.py --help
 
 Departures from the paper: advantages by GAE with a learned critic (Schulman et al. 2016), and
-normalised; F is damped, by default from all states; a time limit, like the end of a rollout, is no
-end for V; observations and rewards are scaled by running statistics (δ holds under those with
-which the policy acted); actions are clipped and stretched to bounds; weights start orthogonal;
+normalised; F is damped; a time limit, like the end of a rollout, is no end for V; observations and
+rewards are scaled by running statistics, which then move (δ holds under those with which the policy
+acted), and clipped; actions are clipped and stretched to bounds; weights start orthogonal;
 L may have an entropy bonus. "Detail n": Huang et al. 2022, The 37 Implementation Details of PPO.
 """
 
@@ -57,7 +57,7 @@ from jax.flatten_util import ravel_pytree
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of TRPO."""
+    """Hyperparameters of TRPO; PRESETS, below, has exceptions for some environments."""
 
     env_id: str = "CartPole-v1"  # a gymnax environment
     seed: int = 0  # the first seed; the others count up from it
@@ -279,10 +279,10 @@ def critic_loss(value, target):
 def fisher_vector_product(policy_at, theta):
     """The linear map v [P] -> F v [P], with the Fisher matrix F [P, P] at θ_old.
 
-    `policy_at` maps θ [P] to the distributions of B states, or of fewer: F is only a metric. It is
-    the Hessian of the mean KL(π_old ‖ π_θ) at θ_old, so Jᵀ M J (appendix C.1): J is the Jacobian of
-    the distributions' parameters (logits; mean and log σ) in θ, M the Hessian of the mean KL in
-    these. (To linearise the KL's gradient would compute another term, which is zero at θ_old.)
+    `policy_at` maps θ [P] to the distributions of B states; with fewer F is only noisier. It is the
+    Hessian of the mean KL(π_old ‖ π_θ) at θ_old, so Jᵀ M J (appendix C.1): J is the Jacobian of the
+    distributions' parameters (logits; mean and log σ) in θ, M the Hessian of the mean KL in these.
+    (To linearise the KL's gradient would compute another term, which is zero at θ_old.)
     """
     old_policy, jacobian = jax.linearize(policy_at, theta)
     transpose = jax.linear_transpose(jacobian, theta)
@@ -324,7 +324,7 @@ def trust_region_step(product, gradient, max_kl, damping, num_iterations):
     """The step √(2δ / xᵀ(F+λI)x) x with x ≈ (F+λI)⁻¹ g (appendix C), and the error left over.
 
     gradient g [P] -> step [P], and ‖g - (F+λI)x‖ / ‖g‖ [], as counted by CG. The step is zero if g
-    is, or if it is not finite, or finds no positive curvature.
+    is, and where it would not be finite, or the curvature xᵀ(F+λI)x is not positive.
     """
     x, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, num_iterations)
     curvature = x @ (gradient - residual)  # xᵀ(F+λI)x, without another product
@@ -339,8 +339,8 @@ class LineSearch(NamedTuple):
 
     theta: jax.Array  # [P] the new parameters, or the old ones
     accepted: jax.Array  # [] bool
-    tries: jax.Array  # []
-    improvement: jax.Array  # [] of the surrogate; 0 if nothing was accepted
+    tries: jax.Array  # [] how many steps were tried
+    improvement: jax.Array  # [] of L; 0 if nothing was accepted
     kl: jax.Array  # [] mean KL(old ‖ new); 0 if nothing was accepted
 
 
@@ -679,7 +679,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Breakout-MinAtar": dict(max_kl=0.03),  # after 5M steps 45 instead of 31 with 0.1
     "SpaceInvaders-MinAtar": dict(max_kl=0.03, ent_coef=0.01),  # 170 instead of 147 with 0.1, 0.03
     "Asterix-MinAtar": dict(gae_lambda=0.65),  # its advantages are noisy
-    "Freeway-MinAtar": dict(gae_lambda=0.8),  # likewise; without the bonus 39 instead of 34
+    "Freeway-MinAtar": dict(gae_lambda=0.8),  # 39 instead of 34, without the bonus
 }
 
 
