@@ -691,20 +691,23 @@ def default_config(env_id: str = Config.env_id) -> Config:
 
 def validate(config: Config) -> None:
     """Raise Failure on values that cannot work; arrays, which may be traced, pass unseen."""
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "cg_damping"}
+    may_be_zero = {"gamma", "gae_lambda", "cg_damping"}
     at_most_one = {"gamma", "gae_lambda", "line_search_ratio"}
     for name, value in vars(config).items():
         default = getattr(Config, name)
         default = default[0] if isinstance(default, tuple) else default
         kind = float if default is None else type(default)
+        is_number, zero = kind in (int, float), name in may_be_zero or default == 0
         most = 1 if name in at_most_one else 2**31 - 1 if kind is int else 3e38
+        least = -most if is_number and (default or 0) < 0 else 0  # if the default is negative
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array) or x is default is None:
+            if isinstance(x, jax.Array | np.ndarray) or x is default is None:
                 continue
+            x = x.item() if isinstance(x, np.generic) else x  # one of NumPy's numbers
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
-            if kind in (int, float) and not (0 < x <= most or (x == 0 and name in may_be_zero)):
-                least = "0" if name in may_be_zero else "more than 0"
+            if is_number and not (least < x <= most or (x == 0 and zero)):
+                least = f"{'' if zero else 'more than '}{least}"
                 raise Failure(f"{name} must be from {least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
@@ -793,10 +796,15 @@ def make_env(env_id: str) -> Environment:
     except ModuleNotFoundError as error:
         if not f"{env_id}.".startswith((f"{error.name}.", f"{error.name}:")):
             raise  # something that the module imports
-        raise Failure(f"there is no module {module!r}, neither here nor installed") from None
+        hint = " (leave out .py)" * module.endswith(".py")
+        raise Failure(f"there is no module {module!r}, neither here nor installed{hint}") from None
     except OSError as error:  # the user's: not of writing a run
         raise RuntimeError(f"{env_id} cannot be made") from error
-    space = getattr(env, "action_space", None)
+    # By its attributes: an imported copy of this file has an Environment of its own.
+    if not all(hasattr(env, x) for x in Environment._fields) or callable(env.action_space):
+        kind = type(env).__name__
+        raise Failure(f"make({name!r}) of {module.__name__} returned a {kind}, not an Environment")
+    space = env.action_space
     if not hasattr(space, "n") and not hasattr(space, "low"):
         raise Failure(f"{env_id} has actions that are neither discrete nor a box: not supported")
     return env
@@ -919,7 +927,7 @@ def join_processes() -> None:
 
 def brief(error: Exception) -> str:
     """The first line of what JAX or Orbax may say in fifty."""
-    return (str(error).strip() or repr(error)).splitlines()[0][:300]
+    return (str(error).strip() or repr(error)).splitlines()[0][:300].rstrip(":")
 
 
 def exchange(value: Any) -> list:
@@ -1116,7 +1124,8 @@ class Run:
                 args = ocp.args.StandardRestore(state)
                 self.state = self.checkpoints.restore(self.done, args=args)
             except Exception as error:  # whatever Orbax raises on a damaged file
-                raise Failure(f"the checkpoint of {self.path} is damaged: {brief(error)}") from None
+                what = f"is damaged, or of another {SCRIPT}.py"
+                raise Failure(f"the checkpoint of {self.path} {what}: {brief(error)}") from None
 
     def lock(self) -> None:
         """Open metrics.csv, and hold it against other processes until this one ends."""

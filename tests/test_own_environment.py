@@ -190,17 +190,21 @@ from gymnax.environments.classic_control import cartpole
 gymnax.register("Registered-test", cartpole.CartPole)
 """
 FAULTY = "import nothing_of_this_name"
+PAIR = "from gymnax import make"  # which returns an environment of gymnax and its parameters
+GYMNAX = "import gymnax; make = lambda name: gymnax.make(name)[0]"
 
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
     """Modules in the current folder, which is on no path."""
     monkeypatch.chdir(tmp_path)
-    for name, text in dict(makes_it=MAKES, registers_it=REGISTERS, faulty_one=FAULTY).items():
+    texts = dict(makes_it=MAKES, registers_it=REGISTERS, faulty_one=FAULTY)
+    texts |= dict(a_pair=PAIR, of_gymnax=GYMNAX)
+    for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(sys, "path", [*sys.path])  # `make_env` adds the folder to it
     yield
-    for name in ("makes_it", "faulty_one"):  # what the other has registered stays
+    for name in texts.keys() - {"registers_it"}:  # what this one has registered stays
         sys.modules.pop(name, None)
 
 
@@ -227,6 +231,7 @@ def test_a_module_may_register_the_environment(modules, keys):
         ("not.there:coin-v0", "there is no module 'not.there'"),
         ("registers_it:Registered-tests", "did you mean Registered-test"),
         (":CartPole", "did you mean CartPole-v1"),
+        ("registers_it.py:Registered-test", r"no module 'registers_it.py', .* \(leave out .py\)"),
     ],
 )
 def test_what_is_not_there_is_explained(modules, env_id, message):
@@ -239,6 +244,13 @@ def test_what_fails_in_a_module_is_shown_as_it_is(modules):
         ppo_discrete.make_env("faulty_one:coin-v0")
     with pytest.raises(LookupError, match="only coin-v0, not coin-v1"):
         ppo_discrete.make_env("makes_it:coin-v1")
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
+@pytest.mark.parametrize("module, kind", [("a_pair", "tuple"), ("of_gymnax", "CartPole")])
+def test_what_a_module_makes_has_to_be_an_environment(modules, script, module, kind):
+    with pytest.raises(script.Failure, match=f"of {module} returned a {kind}, not an Environment"):
+        script.make_env(f"{module}:CartPole-v1")
 
 
 def test_actions_of_the_other_kind_name_the_other_script(modules):

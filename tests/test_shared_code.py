@@ -36,7 +36,7 @@ SAME_WITHIN = {
 OWN_LINES = {
     "Flags": [],
     "bound_action": ["if hasattr(space, 'n'):", "return action"],
-    "make_env": ["if not hasattr(", "space = getattr(", "raise Failure(f'{env_id} has "],
+    "make_env": ["if not hasattr(", "space = env.action_space", "raise Failure(f'{env_id} has "],
     "evaluate": ["actor = Actor(", "action = bound_action("],
     "normalize_advantage": [],
     "validate": ["may_be_zero = ", "at_most_one = "],

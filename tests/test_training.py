@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import chex
@@ -430,6 +430,28 @@ def test_wrong_values_are_named(wrong, message):
 def test_zeros_and_whole_numbers_that_work_are_accepted():
     zero = dict(seed=0, gamma=0, gae_lambda=0.0, ent_coef=0, vf_coef=0.0)
     ppo_discrete.validate(Config(**zero, learning_rate=1, hidden_sizes=()))
+
+
+def test_numbers_of_numpy_are_numbers():
+    ppo_discrete.validate(Config(learning_rate=np.float64(0.01), num_envs=np.int64(4)))
+    ppo_discrete.validate(Config(learning_rate=np.float32(0.01), kl_threshold=np.array(0.01)))
+    for wrong in (dict(learning_rate=np.float64(-0.01)), dict(num_envs=np.float64(4))):
+        with pytest.raises(ppo_discrete.Failure, match=f"{next(iter(wrong))} must be"):
+            ppo_discrete.validate(Config(**wrong))
+
+
+def test_a_field_of_ones_own_may_be_zero_or_negative_as_its_default_is(monkeypatch):
+    @dataclass(frozen=True)
+    class Wider(Config):
+        log_std_min: float = -5.0
+        price: float = 0.0
+
+    monkeypatch.setattr(ppo_discrete, "Config", Wider)
+    for fields in ({}, dict(log_std_min=-0.5), dict(log_std_min=0.5, price=2.0)):
+        ppo_discrete.validate(Wider(**fields))
+    for fields in (dict(price=-1.0), dict(log_std_min=float("nan"))):
+        with pytest.raises(ppo_discrete.Failure, match=f"{next(iter(fields))} must be from"):
+            ppo_discrete.validate(Wider(**fields))
 
 
 @pytest.mark.parametrize(
