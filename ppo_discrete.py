@@ -29,7 +29,7 @@ environments, so that π leaves the π_old that acted. The ratio ρ_t corrects f
 
 Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
 - truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
-- advantages are normalised per minibatch; on request the actor skips those with a large KL;
+- advantages are normalised per minibatch, which the actor skips if its KL exceeds kl_threshold;
 - rewards, and observations on request, are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½ and, on request, a clip.
