@@ -571,18 +571,19 @@ def validate(config: Config) -> None:
         default = getattr(Config, name)
         default = default[0] if isinstance(default, tuple) else default
         kind = float if default is None else type(default)
-        is_number, zero = kind in (int, float), name in may_be_zero or default == 0
+        is_number = kind in (int, float)
+        zero = name in may_be_zero or default == 0
         most = 1 if name in at_most_one else 2**31 - 1 if kind is int else 3e38
-        least = -most if is_number and (default or 0) < 0 else 0  # if the default is negative
+        least = -most if is_number and (default or 0) < 0 else 0  # a field of your own, say
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array | np.ndarray) or x is default is None:
+            if isinstance(x, jax.Array) or x is default is None:
                 continue
-            x = x.item() if isinstance(x, np.generic) else x  # one of NumPy's numbers
+            x = float(x) if isinstance(x, np.floating) else x  # as of np.logspace
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if is_number and not (least < x <= most or (x == 0 and zero)):
-                least = f"{'' if zero else 'more than '}{least}"
-                raise Failure(f"{name} must be from {least} to {most}, got {x}")
+                more = "" if zero else "more than "
+                raise Failure(f"{name} must be from {more}{least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches

@@ -29,9 +29,9 @@ V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: d
     python trpo.py --help
 
 Departures from the paper: advantages by GAE with a learned critic (Schulman et al. 2016), and
-normalised; F is damped; a time limit, like the end of a rollout, is no end for V; observations and
-rewards are scaled by running statistics, which then move (δ holds under those with which the policy
-acted), and clipped; actions are clipped and stretched to bounds; weights start orthogonal;
+normalised; F is damped, and from all states by default; a time limit, like the end of a rollout, is
+no end for V; observations and rewards are scaled by running statistics, whose later change δ does
+not bound, and clipped; actions are clipped and stretched to bounds; weights start orthogonal;
 L may have an entropy bonus. "Detail n": Huang et al. 2022, The 37 Implementation Details of PPO.
 """
 
@@ -679,7 +679,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Breakout-MinAtar": dict(max_kl=0.03),  # after 5M steps 45 instead of 31 with 0.1
     "SpaceInvaders-MinAtar": dict(max_kl=0.03, ent_coef=0.01),  # 170 instead of 147 with 0.1, 0.03
     "Asterix-MinAtar": dict(gae_lambda=0.65),  # its advantages are noisy
-    "Freeway-MinAtar": dict(gae_lambda=0.8),  # 39 instead of 34, without the bonus
+    "Freeway-MinAtar": dict(gae_lambda=0.8),  # 39 instead of 34, before it had the bonus
 }
 
 
@@ -697,18 +697,19 @@ def validate(config: Config) -> None:
         default = getattr(Config, name)
         default = default[0] if isinstance(default, tuple) else default
         kind = float if default is None else type(default)
-        is_number, zero = kind in (int, float), name in may_be_zero or default == 0
+        is_number = kind in (int, float)
+        zero = name in may_be_zero or default == 0
         most = 1 if name in at_most_one else 2**31 - 1 if kind is int else 3e38
-        least = -most if is_number and (default or 0) < 0 else 0  # if the default is negative
+        least = -most if is_number and (default or 0) < 0 else 0  # a field of your own, say
         for x in value if isinstance(value, tuple) else (value,):
-            if isinstance(x, jax.Array | np.ndarray) or x is default is None:
+            if isinstance(x, jax.Array) or x is default is None:
                 continue
-            x = x.item() if isinstance(x, np.generic) else x  # one of NumPy's numbers
+            x = float(x) if isinstance(x, np.floating) else x  # as of np.logspace
             if type(x) is not kind and (type(x), kind) != (int, float):
                 raise Failure(f"{name} must be of type {kind.__name__}, got {x!r}")
             if is_number and not (least < x <= most or (x == 0 and zero)):
-                least = f"{'' if zero else 'more than '}{least}"
-                raise Failure(f"{name} must be from {least} to {most}, got {x}")
+                more = "" if zero else "more than "
+                raise Failure(f"{name} must be from {more}{least} to {most}, got {x}")
     if config.activation not in ("tanh", "relu"):
         raise Failure(f"activation must be tanh or relu, got {config.activation!r}")
     size, parts = config.batch_size, config.num_minibatches

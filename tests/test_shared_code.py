@@ -277,6 +277,9 @@ def test_the_algorithm_is_short(script):
     (update,) = (i for i, line in enumerate(lines, 1) if line.strip().startswith("def update("))
     most_lines, most_before = SIZES[script]
     assert divider <= most_lines and update <= most_before
+    if script == "ppo_discrete":  # the README compares these with other programs
+        said = f"{divider - 1} lines of algorithm, of {len(lines)}; update on line {update}"
+        assert said in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", NAMES)

@@ -432,12 +432,14 @@ def test_zeros_and_whole_numbers_that_work_are_accepted():
     ppo_discrete.validate(Config(**zero, learning_rate=1, hidden_sizes=()))
 
 
-def test_numbers_of_numpy_are_numbers():
-    ppo_discrete.validate(Config(learning_rate=np.float64(0.01), num_envs=np.int64(4)))
-    ppo_discrete.validate(Config(learning_rate=np.float32(0.01), kl_threshold=np.array(0.01)))
-    for wrong in (dict(learning_rate=np.float64(-0.01)), dict(num_envs=np.float64(4))):
-        with pytest.raises(ppo_discrete.Failure, match=f"{next(iter(wrong))} must be"):
-            ppo_discrete.validate(Config(**wrong))
+def test_floats_of_numpy_are_floats():
+    for rate in (np.float64(0.01), np.float32(0.01)):
+        fields = dict(learning_rate=rate, gamma=rate, kl_threshold=rate, total_timesteps=4096)
+        jax.eval_shape(partial(train, Config(**fields)), jax.random.key(0))
+    # Shapes need Python's integers.
+    for name, x in dict(learning_rate=np.float64(-0.01), num_envs=np.int64(4)).items():
+        with pytest.raises(ppo_discrete.Failure, match=f"{name} must be .* got"):
+            ppo_discrete.validate(Config(**{name: x}))
 
 
 def test_a_field_of_ones_own_may_be_zero_or_negative_as_its_default_is(monkeypatch):
