@@ -422,7 +422,7 @@ def test_bad_input_of_a_user(case, run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_bad_run_directories(uninterrupted, main_refuses, tmp_path, script):
+def test_bad_run_directories(uninterrupted, main_refuses, monkeypatch, tmp_path, script):
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted(script)[0], run_dir)
     metrics, config = run_dir / "metrics.csv", run_dir / "config.json"
@@ -446,6 +446,10 @@ def test_bad_run_directories(uninterrupted, main_refuses, tmp_path, script):
     wider = stored.replace('"hidden_sizes": [\n    8', '"hidden_sizes": [\n    9')
     assert wider != stored
     refused("not this run's", written=wider)
+    # Another optimizer than the checkpoint's, as in a copy that was changed since.
+    with monkeypatch.context() as changed:
+        changed.setattr(ppo_discrete, "packed", lambda optimizer, config: optimizer)
+        refused("or of another ppo_discrete.py")
     # Rows that the checkpoint does not know, a row too few, another number.
     metrics.write_bytes(before[:-10])
     refused("changed since the checkpoint")
