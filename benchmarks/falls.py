@@ -15,6 +15,7 @@ fall, or nothing, and the mean return of the greedy evaluation at the end.
 import argparse
 import csv
 import dataclasses
+import functools
 import importlib
 import sys
 import zlib
@@ -81,10 +82,10 @@ def configuration(name, env_id, preset):
     return script, config, zlib.crc32(repr(config).encode())
 
 
-def measure(name, env_id, preset, seeds):
-    """Rows of falls.csv for some seeds of a script."""
-    script, config, checksum = configuration(name, env_id, preset)
-    _, solved, low = TASKS[env_id]
+@functools.cache
+def runs(name, env_id, preset):
+    """The program that trains some seeds: returns and ended episodes per update, greedy return."""
+    script, config, _ = configuration(name, env_id, preset)
     env = counted(script, script.make_env(env_id))
     init, update = script.make_train(config, env)
 
@@ -100,7 +101,14 @@ def measure(name, env_id, preset, seeds):
         greedy, _ = script.evaluate(config, state, key, script.EVALUATION_EPISODES, env)
         return returns, ended, greedy.mean()
 
-    returns, ended, greedy = jax.device_get(script.over_seeds(run)(seeds))
+    return script.over_seeds(run)
+
+
+def measure(name, env_id, preset, seeds):
+    """Rows of falls.csv for some seeds of a script."""
+    checksum = configuration(name, env_id, preset)[2]
+    _, solved, low = TASKS[env_id]
+    returns, ended, greedy = jax.device_get(runs(name, env_id, preset)(seeds))
     for i, seed in enumerate(seeds):
         when = fall(returns[i], ended[i], solved, low)
         yield [name, env_id, seed, *when, f"{greedy[i]:.2f}", jax.__version__, checksum]
