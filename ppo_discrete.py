@@ -539,6 +539,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "Breakout-MinAtar": dict(num_envs=128, learning_rate=2e-3, update_epochs=8, ent_coef=0.02),
     "Asterix-MinAtar": dict(gae_lambda=0.65, ent_coef=0.05, normalize_obs=False),  # 43, not 14
     "Freeway-MinAtar": dict(gae_lambda=0.8, normalize_obs=False),  # likewise 64, not 59
+    "Seaquest-MinAtar": dict(ent_coef=0.1),  # 62, not 26: all learn to surface
 }
 
 

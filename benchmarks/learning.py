@@ -82,7 +82,7 @@ MINATAR = [  # seeds of PPO-clip, PPO-penalty and TRPO
     ("SpaceInvaders-MinAtar", 10_000_000, (10, 3, 6), "170 (10M, PPO, PureJaxRL)"),
     ("Asterix-MinAtar", 10_000_000, (10, 6, 6), "17.8 (10M, PPO, gymnax-blines)"),
     ("Freeway-MinAtar", 10_000_000, (10, 6, 6), "61.8 (10M, PPO, gymnax-blines)"),
-    ("Seaquest-MinAtar", 10_000_000, (3, 6, 6), "-"),
+    ("Seaquest-MinAtar", 10_000_000, (10, 6, 6), "-"),
 ]
 CURVES = [  # panels of the figure
     ("CartPole-v1", 100_000),
