@@ -79,7 +79,7 @@ ROWS = [  # environment, steps per seed, seeds, best published figure
 ]
 MINATAR = [  # seeds of PPO-clip, PPO-penalty and TRPO
     ("Breakout-MinAtar", 10_000_000, (10, 6, 6), "50.1 (10M, PPO, gymnax-blines)"),
-    ("SpaceInvaders-MinAtar", 10_000_000, (10, 3, 6), "170 (10M, PPO, PureJaxRL)"),
+    ("SpaceInvaders-MinAtar", 10_000_000, (10, 6, 6), "170 (10M, PPO, PureJaxRL)"),
     ("Asterix-MinAtar", 10_000_000, (10, 6, 6), "17.8 (10M, PPO, gymnax-blines)"),
     ("Freeway-MinAtar", 10_000_000, (10, 6, 6), "61.8 (10M, PPO, gymnax-blines)"),
     ("Seaquest-MinAtar", 10_000_000, (10, 6, 6), "-"),
