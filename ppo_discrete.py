@@ -13,8 +13,8 @@ environments, so that π leaves the π_old that acted. The ratio ρ_t corrects f
     ρ_t(θ) = π_θ(a_t | s_t) / π_old(a_t | s_t)                      (section 3 calls it r_t)
     L_CLIP(θ) = E[ min( ρ_t Â_t , clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                             (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]              (eq. 9)
-    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1},    V_target = Â_t + V(s_t)     (eq. 11*)
-    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)             (eq. 12; * whose exponent T-t+1 is a misprint)
+    Â_t  = δ_t + γλ δ_{t+1} + ... + (γλ)^{T-t-1} δ_{T-1}       (eq. 11, whose T-t+1 is a misprint)
+    δ_t  = r_t + γ V(s_{t+1}) - V(s_t)  (eq. 12);  V_target = Â_t + V(s_t), which eq. 9 leaves open
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
     ρ_t ratio              Â_t advantage            V value          V_target target
@@ -27,9 +27,9 @@ environments, so that π leaves the π_old that acted. The ratio ρ_t corrects f
     python ppo_discrete.py --env-id Acrobot-v1 --num-seeds 3
     python ppo_discrete.py --help
 
-Departures from the paper ("detail n": Huang et al. 2022, The 37 Implementation Details of PPO):
+Departures from the paper ("detail n": n-th core one, Huang et al. 2022, 37 Implementation Details):
 - truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
-- advantages are normalised per minibatch, which the actor skips if its KL exceeds kl_threshold;
+- advantages are normalised per minibatch; the actor skips those where KL(π_old ‖ π) is too large;
 - rewards, and observations on request, are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½ and, on request, a clip.
@@ -55,9 +55,9 @@ import optax
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of PPO-clip; PRESETS, below, has exceptions for some environments."""
+    """Hyperparameters of PPO-clip; some environments have others, by PRESETS."""
 
-    env_id: str = "CartPole-v1"  # a gymnax environment
+    env_id: str = "CartPole-v1"  # a gymnax environment, or module:name of your own
     seed: int = 0  # the first seed; the others count up from it
     num_seeds: int = 8  # independent runs, side by side
     total_timesteps: int = 500_000  # environment steps per seed, never exceeded
@@ -71,7 +71,7 @@ class Config:
     num_minibatches: int = 8  # minibatches per pass
     clip_eps: float = 0.2  # ε of the clipped objective
     clip_vloss: bool = False  # clip the value loss too, with the same ε
-    kl_threshold: float | None = None  # the actor skips minibatches of a larger approx_kl
+    kl_threshold: float | None = None  # actor skips a minibatch if KL(π_old ‖ π) exceeds it
     ent_coef: float = 0.0  # weight of the entropy bonus (c_2)
     vf_coef: float = 0.5  # weight of the value loss (c_1); of use where max_grad_norm clips
     max_grad_norm: float = 2.0  # a gradient of both networks with a larger norm is scaled to this
@@ -172,8 +172,8 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    λ = 1 has low bias and high variance; λ = 0, which leaves δ_t alone, the reverse. A `terminated`
-    step has no V(s_{t+1}): nothing follows. `done`, that or cut by a time limit, ends the sum: the
+    λ = 1 has low bias and high variance, λ = 0 (Â = δ_t of eq. 12) the reverse. A `terminated` step
+    has no V(s_{t+1}): nothing follows. `done`, terminated or cut by a time limit, ends the sum: the
     next row is another episode. A step that was only cut keeps V(s_{t+1}): the limit is no part of
     the task (Pardo et al. 2018, arXiv:1712.00378). All arrays [T, N]; returns Â and Â + V.
     """
@@ -251,7 +251,7 @@ def update_stats(stats, x):
 
 
 def normalize(x, stats, center=True):
-    """x [..., D] to mean 0 and variance 1, clipped to ±10; unchanged if there are no statistics.
+    """x [..., D] or [...] to mean 0 and variance 1, clipped to ±10; unchanged without statistics.
 
     Rewards are only divided by the discounted return's standard deviation, `center=False` (Engstrom
     et al. 2020; a sum of past rewards, which is known at once): a shift would change the task.
@@ -580,7 +580,9 @@ def validate(config: Config) -> None:
         raise Failure(f"total_timesteps must be at least num_steps x num_envs = {size}")
     steps = config.num_updates * config.update_epochs * parts
     if max(steps, size, config.seed + config.num_seeds) >= 2**31:
-        raise Failure(f"batch {size}, gradient steps {steps}, seed + num_seeds: 2^31 is too many")
+        seeds = config.seed + config.num_seeds
+        what = f"batch {size}, gradient steps {steps} and seed + num_seeds {seeds}"
+        raise Failure(f"{what} have to be below 2^31")
 
 
 def straight_threefry() -> None:
@@ -664,6 +666,8 @@ def make_env(env_id: str) -> Environment:
     if module and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
+        if module.startswith("."):  # as in ./folder/file
+            raise ModuleNotFoundError(name=module)
         module = module and importlib.import_module(module)
         env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
     except ModuleNotFoundError as error:
@@ -671,15 +675,40 @@ def make_env(env_id: str) -> Environment:
             raise  # something that the module imports
         hint = " (leave out .py)" * module.endswith(".py")
         raise Failure(f"there is no module {module!r}, neither here nor installed{hint}") from None
-    except OSError as error:  # the user's: not of writing a run
+    except (OSError, SystemExit) as error:  # the user's: not of writing a run, nor of this script
         raise RuntimeError(f"{env_id} cannot be made") from error
     # By its attributes: an imported copy of this file has an Environment of its own.
     if not all(hasattr(env, x) for x in Environment._fields) or callable(env.action_space):
         kind = type(env).__name__
-        raise Failure(f"make({name!r}) of {module.__name__} returned a {kind}, not an Environment")
+        what = f"a {kind}, not an Environment whose action_space is a space"
+        raise Failure(f"make({name!r}) of {module.__name__} returned {what}")
     if not hasattr(env.action_space, "n"):
         raise Failure(f"{env_id} has no discrete actions: use ppo_continuous.py")
+    if module:
+        check_environment(env, env_id)
     return env
+
+
+def check_environment(env: Environment, env_id: str) -> None:
+    """Failure if `reset` or `step` does not return what `Environment` says, for two of them."""
+    keys, space = jax.random.split(jax.random.key(0)), env.action_space
+    action = jnp.zeros(2, int) if hasattr(space, "n") else jnp.zeros((2, *space.shape))
+    shape = lambda x: getattr(x, "shape", ())
+    form = lambda x: f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else type(x).__name__
+    form_all = lambda x: ", ".join(map(form, x)) if type(x) is tuple else form(x)
+    start = jax.eval_shape(env.reset, keys)
+    is_pair = type(start) is tuple and len(start) == 2
+    if not is_pair or len(shape(start[0])) < 2 or 0 in start[0].shape:
+        should = f"reset of {env_id} should return obs [N, D], env_state"
+        raise Failure(f"{should}; for N = 2 it returned {form_all(start)}")
+    obs, env_state = start
+    result = jax.eval_shape(env.step, keys, env_state, action)
+    shapes = [obs.shape, obs.shape, (2,), (2,), (2,)]
+    is_right = type(result) is tuple and [shape(x) for x in result[1:]] == shapes
+    if not is_right or any(flag.dtype != bool for flag in result[4:]):
+        parts = "env_state, next_obs [N, D], reset_obs [N, D], reward [N], terminated [N] (bool)"
+        should = f"step of {env_id} should return {parts}, truncated [N] (bool)"
+        raise Failure(f"{should}; for N = 2 it returned {form_all(result)}")
 
 
 def make_gymnax(name: str) -> Environment:
@@ -690,7 +719,8 @@ def make_gymnax(name: str) -> Environment:
     if name not in gymnax.registered_envs:
         near = " or ".join(difflib.get_close_matches(name, gymnax.registered_envs, cutoff=0.4))
         known = f"did you mean {near}? " * bool(near) + ", ".join(sorted(gymnax.registered_envs))
-        raise Failure(f"there is no environment {name!r}; {known}")
+        own = "or module:name, of a module that defines make(name) or registers name with gymnax"
+        raise Failure(f"there is no environment {name!r}; {known}; {own}")
     try:
         with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
             env, params = gymnax.make(name)
@@ -741,15 +771,17 @@ def load_config(run_dir: str | Path) -> Config:
     try:
         stored = json.loads((Path(run_dir) / "config.json").read_text())
         made_by = stored.pop("script"), stored.pop("format", 1)
-        stored = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
-        config = Config(**stored)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Failure(f"{run_dir} has no configuration of a run: {error!r}") from None
     if made_by != (SCRIPT, FORMAT):
         made_by = f"{made_by[0]}.py in format {made_by[1]}"
         raise Failure(f"{run_dir} is a run of {made_by}, not of {SCRIPT}.py in format {FORMAT}")
-    if missing := vars(config).keys() - stored.keys():
-        raise Failure(f"{run_dir}/config.json lacks {', '.join(missing)}")
+    known = vars(Config()).keys()
+    wrong = [f"lacks {name}" for name in sorted(known - stored.keys())]
+    wrong += [f"has an unknown {name}" for name in sorted(stored.keys() - known)]
+    if wrong:
+        raise Failure(f"{run_dir}/config.json {', '.join(wrong)}")
+    config = Config(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
     validate(config)
     return config
 
@@ -1173,7 +1205,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, Failure):
         return str(error), error.code
     if isinstance(error, OSError):
-        return f"cannot write: {brief(error)}; --resume goes on from what is saved", 2
+        return f"cannot write: {brief(error)}; a run that had begun goes on with --resume", 2
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"not enough memory: {brief(error)}", 2
     if isinstance(error, AssertionError) and "Chex" in str(error):

@@ -8,7 +8,7 @@ the advantage Â_t compares what followed a_t with the value V(s_t), which a sec
 TRPO (Schulman et al. 2015, arXiv:1502.05477) makes the largest improvement within the region where
 data of the old policy can be trusted: measured in the policies' outputs, not in their parameters.
 
-    maximise over θ    L(θ) = E[ π_θ(a_t|s_t) / π_old(a_t|s_t) · Â_t ]        (eq. 14, with Â for Q)
+    maximise over θ    L(θ) = E[ π_θ(a_t|s_t) / π_old(a_t|s_t) · Â_t ]  (eq. 14: q = π_old, Â for Q)
     subject to         E[ KL(π_old(·|s_t) ‖ π_θ(·|s_t)) ] ≤ δ
     near θ_old         maximise gᵀx subject to ½ xᵀF x ≤ δ, with F = ∇² E[KL] at θ_old    (eq. 17)
     solved by          x = √( 2δ / gᵀF⁻¹g ) F⁻¹g, along the natural gradient          (appendix C)
@@ -16,13 +16,13 @@ data of the old policy can be trusted: measured in the policies' outputs, not in
 F, the Fisher matrix, is never formed: conjugate gradient finds F⁻¹g from products F v. λ is added
 to its diagonal (damping), since some directions in θ hardly change the policy; then ½ xᵀ(F+λI)x = δ
 and ½ xᵀF x is less. A line search shortens the step until L, on the data, has grown and KL ≤ δ.
-V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: docs/derivations.md.
+V is fitted by Adam to Â + V; Â: PPO eqs. 11-12, arXiv:1707.06347. The reasons: docs/derivations.md.
 
     s_t obs                s_{t+1} next_obs         a_t action       r_t reward
     Â_t advantage          V value                  δ max_kl         λ cg_damping (of F)
     θ theta                g gradient               x step           F v product(v)
     N num_envs             T num_steps              K update_epochs  B = T·N batch_size
-    M = B/num_minibatches  D length of obs          P length of θ    A actions, or their dimensions
+    M = B/num_minibatches  D length of obs          P length of θ    A actions, or dimensions of one
 
     python trpo.py                                           # CartPole-v1, 8 seeds, 500k steps each
     python trpo.py --env-id Pendulum-v1 --num-seeds 3
@@ -30,9 +30,9 @@ V is fitted by Adam to Â + V (PPO eqs. 11-12, arXiv:1707.06347). The reasons: d
 
 Departures from the paper: advantages by GAE with a learned critic (Schulman et al. 2016), and
 normalised; F is damped, and from all states by default; a time limit, like the end of a rollout, is
-no end for V; observations and rewards are scaled by running statistics, whose later change δ does
-not bound, and clipped; actions are clipped and stretched to bounds; weights start orthogonal;
-L may have an entropy bonus. "Detail n": Huang et al. 2022, The 37 Implementation Details of PPO.
+no end for V; observations and rewards are scaled by running statistics and clipped (δ does not
+bound what new statistics do to π); actions are clipped and stretched to bounds; weights start
+orthogonal; L may have an entropy bonus. "Detail n": n-th core one, Huang et al. 2022, 37 Details.
 """
 
 import math
@@ -57,9 +57,9 @@ from jax.flatten_util import ravel_pytree
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of TRPO; PRESETS, below, has exceptions for some environments."""
+    """Hyperparameters of TRPO; some environments have others, by PRESETS."""
 
-    env_id: str = "CartPole-v1"  # a gymnax environment
+    env_id: str = "CartPole-v1"  # a gymnax environment, or module:name of your own
     seed: int = 0  # the first seed; the others count up from it
     num_seeds: int = 8  # independent runs, side by side
     total_timesteps: int = 500_000  # environment steps per seed, never exceeded
@@ -237,8 +237,8 @@ class Critic(nn.Module):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    λ = 1 has low bias and high variance; λ = 0, which leaves δ_t alone, the reverse. A `terminated`
-    step has no V(s_{t+1}): nothing follows. `done`, that or cut by a time limit, ends the sum: the
+    λ = 1 has low bias and high variance, λ = 0 (Â = δ_t of eq. 12) the reverse. A `terminated` step
+    has no V(s_{t+1}): nothing follows. `done`, terminated or cut by a time limit, ends the sum: the
     next row is another episode. A step that was only cut keeps V(s_{t+1}): the limit is no part of
     the task (Pardo et al. 2018, arXiv:1712.00378). All arrays [T, N]; returns Â and Â + V.
     """
@@ -262,7 +262,7 @@ def normalize_advantage(advantage):
 
 
 def surrogate(ratio, advantage):
-    """L = E[ρ Â] (PPO eq. 6; TRPO eq. 14 with Â for Q), to be maximised: [...] -> scalar."""
+    """L = E[ρ Â], ρ = π/π_old (PPO eq. 6; TRPO eq. 14), to be maximised: [...] -> scalar."""
     chex.assert_equal_shape([ratio, advantage])
     return jnp.mean(ratio * advantage)
 
@@ -279,7 +279,7 @@ def critic_loss(value, target):
 def fisher_vector_product(policy_at, theta):
     """The linear map v [P] -> F v [P], with the Fisher matrix F [P, P] at θ_old.
 
-    `policy_at` maps θ [P] to the distributions of B states; with fewer F is only noisier. It is the
+    `policy_at` maps θ [P] to distributions of any states [...]; fewer make F noisier. F is the
     Hessian of the mean KL(π_old ‖ π_θ) at θ_old, so Jᵀ M J (appendix C.1): J is the Jacobian of the
     distributions' parameters (logits; mean and log σ) in θ, M the Hessian of the mean KL in these.
     (To linearise the KL's gradient would compute another term, which is zero at θ_old.)
@@ -297,22 +297,22 @@ def fisher_vector_product(policy_at, theta):
 
 
 def conjugate_gradient(product, b, num_iterations):
-    """Solve F x = b, for F symmetric and positive definite, known through `product(v) = F v`.
+    """Solve A x = b, for A symmetric and positive definite, known through `product(v) = A v`.
 
     Hestenes & Stiefel 1952: each direction p is conjugate to all before, so that P of them would be
-    exact, but for rounding. Far fewer come near if most eigenvalues are alike, as damping makes the
-    small ones. b [P] -> x [P], residual b - F x [P].
+    exact, but for rounding. Far fewer come near if many eigenvalues are nearly equal; damping makes
+    the small ones so. b [P] -> x [P], residual b - A x [P].
     """
 
     def iteration(carry, _):
         x, residual, p = carry
-        Fp = product(p)
-        square, curvature = residual @ residual, p @ Fp
+        Ap = product(p)
+        square, curvature = residual @ residual, p @ Ap
         # x stays once it has converged to rounding (without this a 0/0 follows, at once if b = 0),
         # and where the curvature is not positive; then the residual is tried as the next direction.
         go = (square > jnp.finfo(b.dtype).eps ** 2 * (b @ b)) & (curvature > 0)
         alpha = jnp.where(go, square / curvature, 0.0)
-        x, residual = x + alpha * p, residual - alpha * Fp
+        x, residual = x + alpha * p, residual - alpha * Ap
         p = residual + jnp.where(go, residual @ residual / square, 0.0) * p
         return (x, residual, p), None
 
@@ -321,14 +321,14 @@ def conjugate_gradient(product, b, num_iterations):
 
 
 def trust_region_step(product, gradient, max_kl, damping, num_iterations):
-    """The step √(2δ / xᵀ(F+λI)x) x with x ≈ (F+λI)⁻¹ g (appendix C), and the error left over.
+    """The step √(2δ / sᵀ(F+λI)s) s with s ≈ (F+λI)⁻¹ g (appendix C), and the error left over.
 
-    gradient g [P] -> step [P], and ‖g - (F+λI)x‖ / ‖g‖ [], as counted by CG. The step is zero if g
-    is, and where it would not be finite, or the curvature xᵀ(F+λI)x is not positive.
+    gradient g [P] -> step [P], and ‖g - (F+λI)s‖ / ‖g‖ [], as counted by CG. The step is zero if g
+    is, and where it would not be finite, or the curvature sᵀ(F+λI)s is not positive.
     """
-    x, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, num_iterations)
-    curvature = x @ (gradient - residual)  # xᵀ(F+λI)x, without another product
-    step = jnp.sqrt(2.0 * max_kl / curvature) * x
+    s, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, num_iterations)
+    curvature = s @ (gradient - residual)  # sᵀ(F+λI)s, without another product
+    step = jnp.sqrt(2.0 * max_kl / curvature) * s
     usable = (curvature > 0) & jnp.isfinite(step).all()
     norm = jnp.linalg.norm(gradient)
     return jnp.where(usable, step, 0.0), jnp.linalg.norm(residual) / jnp.where(norm > 0, norm, 1.0)
@@ -396,7 +396,7 @@ def update_stats(stats, x):
 
 
 def normalize(x, stats, center=True):
-    """x [..., D] to mean 0 and variance 1, clipped to ±10; unchanged if there are no statistics.
+    """x [..., D] or [...] to mean 0 and variance 1, clipped to ±10; unchanged without statistics.
 
     Rewards are only divided by the discounted return's standard deviation, `center=False` (Engstrom
     et al. 2020; a sum of past rewards, which is known at once): a shift would change the task.
@@ -506,7 +506,7 @@ def make_train(config, env=None):
         """One step of the actor for the whole rollout, all [T, N, ...]: propose and search."""
         theta, unravel = ravel_pytree(params)  # all parameters as one vector [P]
         policy_at = lambda theta, every=1: actor.apply(unravel(theta), obs[::every])
-        old_policy = policy_at(theta)  # π_old: the statistics are still those of the rollout
+        old_policy = policy_at(theta)  # π_old: obs was scaled as in the rollout
         old_log_prob = old_policy.log_prob(action)
         ratio = lambda new: jnp.exp(new.log_prob(action) - old_log_prob)  # [T, N]
         L = lambda new: surrogate(ratio(new), advantage) + config.ent_coef * new.entropy().mean()
@@ -720,7 +720,9 @@ def validate(config: Config) -> None:
         raise Failure(f"total_timesteps must be at least num_steps x num_envs = {size}")
     steps = config.num_updates * config.update_epochs * parts
     if max(steps, size, config.seed + config.num_seeds) >= 2**31:
-        raise Failure(f"batch {size}, gradient steps {steps}, seed + num_seeds: 2^31 is too many")
+        seeds = config.seed + config.num_seeds
+        what = f"batch {size}, gradient steps {steps} and seed + num_seeds {seeds}"
+        raise Failure(f"{what} have to be below 2^31")
 
 
 def straight_threefry() -> None:
@@ -792,6 +794,8 @@ def make_env(env_id: str) -> Environment:
     if module and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
+        if module.startswith("."):  # as in ./folder/file
+            raise ModuleNotFoundError(name=module)
         module = module and importlib.import_module(module)
         env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
     except ModuleNotFoundError as error:
@@ -799,16 +803,41 @@ def make_env(env_id: str) -> Environment:
             raise  # something that the module imports
         hint = " (leave out .py)" * module.endswith(".py")
         raise Failure(f"there is no module {module!r}, neither here nor installed{hint}") from None
-    except OSError as error:  # the user's: not of writing a run
+    except (OSError, SystemExit) as error:  # the user's: not of writing a run, nor of this script
         raise RuntimeError(f"{env_id} cannot be made") from error
     # By its attributes: an imported copy of this file has an Environment of its own.
     if not all(hasattr(env, x) for x in Environment._fields) or callable(env.action_space):
         kind = type(env).__name__
-        raise Failure(f"make({name!r}) of {module.__name__} returned a {kind}, not an Environment")
+        what = f"a {kind}, not an Environment whose action_space is a space"
+        raise Failure(f"make({name!r}) of {module.__name__} returned {what}")
     space = env.action_space
     if not hasattr(space, "n") and not hasattr(space, "low"):
         raise Failure(f"{env_id} has actions that are neither discrete nor a box: not supported")
+    if module:
+        check_environment(env, env_id)
     return env
+
+
+def check_environment(env: Environment, env_id: str) -> None:
+    """Failure if `reset` or `step` does not return what `Environment` says, for two of them."""
+    keys, space = jax.random.split(jax.random.key(0)), env.action_space
+    action = jnp.zeros(2, int) if hasattr(space, "n") else jnp.zeros((2, *space.shape))
+    shape = lambda x: getattr(x, "shape", ())
+    form = lambda x: f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else type(x).__name__
+    form_all = lambda x: ", ".join(map(form, x)) if type(x) is tuple else form(x)
+    start = jax.eval_shape(env.reset, keys)
+    is_pair = type(start) is tuple and len(start) == 2
+    if not is_pair or len(shape(start[0])) < 2 or 0 in start[0].shape:
+        should = f"reset of {env_id} should return obs [N, D], env_state"
+        raise Failure(f"{should}; for N = 2 it returned {form_all(start)}")
+    obs, env_state = start
+    result = jax.eval_shape(env.step, keys, env_state, action)
+    shapes = [obs.shape, obs.shape, (2,), (2,), (2,)]
+    is_right = type(result) is tuple and [shape(x) for x in result[1:]] == shapes
+    if not is_right or any(flag.dtype != bool for flag in result[4:]):
+        parts = "env_state, next_obs [N, D], reset_obs [N, D], reward [N], terminated [N] (bool)"
+        should = f"step of {env_id} should return {parts}, truncated [N] (bool)"
+        raise Failure(f"{should}; for N = 2 it returned {form_all(result)}")
 
 
 def make_gymnax(name: str) -> Environment:
@@ -819,7 +848,8 @@ def make_gymnax(name: str) -> Environment:
     if name not in gymnax.registered_envs:
         near = " or ".join(difflib.get_close_matches(name, gymnax.registered_envs, cutoff=0.4))
         known = f"did you mean {near}? " * bool(near) + ", ".join(sorted(gymnax.registered_envs))
-        raise Failure(f"there is no environment {name!r}; {known}")
+        own = "or module:name, of a module that defines make(name) or registers name with gymnax"
+        raise Failure(f"there is no environment {name!r}; {known}; {own}")
     try:
         with jax.ensure_compile_time_eval():  # some constructors compute, and `train` may be traced
             env, params = gymnax.make(name)
@@ -870,15 +900,17 @@ def load_config(run_dir: str | Path) -> Config:
     try:
         stored = json.loads((Path(run_dir) / "config.json").read_text())
         made_by = stored.pop("script"), stored.pop("format", 1)
-        stored = {name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()}
-        config = Config(**stored)
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise Failure(f"{run_dir} has no configuration of a run: {error!r}") from None
     if made_by != (SCRIPT, FORMAT):
         made_by = f"{made_by[0]}.py in format {made_by[1]}"
         raise Failure(f"{run_dir} is a run of {made_by}, not of {SCRIPT}.py in format {FORMAT}")
-    if missing := vars(config).keys() - stored.keys():
-        raise Failure(f"{run_dir}/config.json lacks {', '.join(missing)}")
+    known = vars(Config()).keys()
+    wrong = [f"lacks {name}" for name in sorted(known - stored.keys())]
+    wrong += [f"has an unknown {name}" for name in sorted(stored.keys() - known)]
+    if wrong:
+        raise Failure(f"{run_dir}/config.json {', '.join(wrong)}")
+    config = Config(**{name: tuple(x) if isinstance(x, list) else x for name, x in stored.items()})
     validate(config)
     return config
 
@@ -1302,7 +1334,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, Failure):
         return str(error), error.code
     if isinstance(error, OSError):
-        return f"cannot write: {brief(error)}; --resume goes on from what is saved", 2
+        return f"cannot write: {brief(error)}; a run that had begun goes on with --resume", 2
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return f"not enough memory: {brief(error)}", 2
     if isinstance(error, AssertionError) and "Chex" in str(error):

@@ -1,6 +1,7 @@
 """The scripts as a user runs them: in a subprocess, from an empty folder."""
 
 import csv
+import dataclasses
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ import pytest
 from conftest import ROOT
 
 import ppo_discrete
+import trpo
 
 SCRIPTS = {  # and the environment that each trains on by default
     "ppo_discrete": "CartPole-v1",
@@ -435,9 +437,10 @@ def test_bad_run_directories(uninterrupted, main_refuses, monkeypatch, tmp_path,
         assert metrics.read_bytes() == now
 
     refused("was started with learning_rate", "--learning-rate", 0.5)
-    refused("other.py", written=stored.replace(f'"{script}"', '"other"'))
+    theirs = json.dumps(dict(format=2, script="trpo", **dataclasses.asdict(trpo.Config())))
+    refused("is a run of trpo.py", written=theirs)
     refused("format 1", written=stored.replace('"format": 2,', ""))  # the first edition
-    refused("no configuration of a run", written=stored.replace("num_envs", "number"))
+    refused("has an unknown number", written=stored.replace("num_envs", "number"))
     refused("no configuration of a run", written="[]")
     refused("no configuration of a run", written=stored[:-20])
     refused("config.json lacks", written=re.sub(r'\n *"num_envs": \d+,', "", stored))

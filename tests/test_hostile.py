@@ -213,6 +213,7 @@ def test_ctrl_c_of_a_pipeline_saves(launch, folder, finished, run):
         ('"CartPole-v1"', "5", "env_id must be of type str"),
         ('"format": 2,', "", "in format 1"),
         ('"ppo_discrete"', '"trpo"', "a run of trpo.py"),
+        ('"vf_coef"', '"max_kl"', "lacks vf_coef, has an unknown max_kl"),
         ("{", "", "no configuration of a run"),
     ],
 )
@@ -302,7 +303,7 @@ TOO_MUCH = {
     "--update-epochs 1000000000": "gradient steps 1952000000000",
     "--num-steps 10000000000": "num_steps must be",
     "--learning-rate 1e39": "learning_rate must be",
-    "--seed 2147483647": "2^31 is too many",
+    "--seed 2147483647": "seed + num_seeds 2147483655 have to be below 2^31",
     "--hidden-sizes 10000000000 64": "hidden_sizes must be",
     "--hidden-sizes 2000000 2000000": "GiB per device",
     "--num-envs 2000000 --total-timesteps 2000000000": "GiB per device",
@@ -433,7 +434,7 @@ def make(name):
     "name, code, message",
     [
         ("Raises", 1, "the program, or the environment, failed"),
-        ("Shape", 2, "an array has another shape than it should"),
+        ("Shape", 2, "step of own:Shape should return env_state, next_obs [N, D], reset_obs"),
         ("Reward", 1, "a reward of seed 0 in update 3 is not finite"),
         ("Observation", 1, "an observation of seed 0 in update 3 is not finite"),
     ],

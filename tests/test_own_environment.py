@@ -190,7 +190,9 @@ from gymnax.environments.classic_control import cartpole
 gymnax.register("Registered-test", cartpole.CartPole)
 """
 FAULTY = "import nothing_of_this_name"
+EXITS = "import sys; sys.exit('no licence')"
 PAIR = "from gymnax import make"  # which returns an environment of gymnax and its parameters
+FLAGS = MAKES.replace("yes(keys), ~yes(keys)", "yes(keys), 0 * yes(keys)")  # an int
 GYMNAX = "import gymnax; make = lambda name: gymnax.make(name)[0]"
 
 
@@ -199,7 +201,7 @@ def modules(tmp_path, monkeypatch):
     """Modules in the current folder, which is on no path."""
     monkeypatch.chdir(tmp_path)
     texts = dict(makes_it=MAKES, registers_it=REGISTERS, faulty_one=FAULTY)
-    texts |= dict(a_pair=PAIR, of_gymnax=GYMNAX)
+    texts |= dict(a_pair=PAIR, of_gymnax=GYMNAX, exits=EXITS, flags_it=FLAGS)
     for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(sys, "path", [*sys.path])  # `make_env` adds the folder to it
@@ -231,7 +233,9 @@ def test_a_module_may_register_the_environment(modules, keys):
         ("not.there:coin-v0", "there is no module 'not.there'"),
         ("registers_it:Registered-tests", "did you mean Registered-test"),
         (":CartPole", "did you mean CartPole-v1"),
+        ("registers_it:Registered-tests", r"module that defines make\(name\) or registers name"),
         ("registers_it.py:Registered-test", r"no module 'registers_it.py', .* \(leave out .py\)"),
+        ("./registers_it:Registered-test", "no module './registers_it'"),
     ],
 )
 def test_what_is_not_there_is_explained(modules, env_id, message):
@@ -244,6 +248,8 @@ def test_what_fails_in_a_module_is_shown_as_it_is(modules):
         ppo_discrete.make_env("faulty_one:coin-v0")
     with pytest.raises(LookupError, match="only coin-v0, not coin-v1"):
         ppo_discrete.make_env("makes_it:coin-v1")
+    with pytest.raises(RuntimeError, match="exits:coin-v0 cannot be made"):
+        ppo_discrete.make_env("exits:coin-v0")
 
 
 @pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
@@ -251,6 +257,47 @@ def test_what_fails_in_a_module_is_shown_as_it_is(modules):
 def test_what_a_module_makes_has_to_be_an_environment(modules, script, module, kind):
     with pytest.raises(script.Failure, match=f"of {module} returned a {kind}, not an Environment"):
         script.make_env(f"{module}:CartPole-v1")
+
+
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (dict(), None),
+        (dict(reset=lambda keys: jnp.zeros((len(keys), 3))), r"reset .* returned float32 \[2, 3\]"),
+        (dict(size=()), r"reset .* obs \[N, D\].* returned float32 \[2\], int32 \[2\]"),
+        (dict(size=(0,)), r"reset .* returned float32 \[2, 0\], int32 \[2\]"),
+        (dict(flag=int), r"step .* terminated \[N\] \(bool\).* int32 \[2\], int32 \[2\]"),
+        (dict(order=[1, 0, 2, 3, 4, 5]), r"step .* returned float32 \[2, 3\], int32 \[2\], .*"),
+        (dict(order=[0, 1, 2, 3, 4]), r"step .* float32 \[2, 3\], float32 \[2\], bool \[2\]"),
+    ],
+)
+def test_what_an_environment_returns_is_checked(script, mistake, message):
+    zeros = lambda keys, *size: jnp.zeros((len(keys), *size))
+    size, flag = mistake.get("size", (3,)), mistake.get("flag", bool)
+
+    def reset(keys):
+        return zeros(keys, *size), zeros(keys).astype(int)
+
+    def step(keys, time, action):
+        obs, end = zeros(keys, *size), zeros(keys).astype(flag)
+        result = time + 1, obs, obs, zeros(keys), end, end
+        return tuple(result[i] for i in mistake.get("order", range(6)))
+
+    space = spaces.Box(-1.0, 1.0, (2,)) if script is ppo_continuous else spaces.Discrete(2)
+    env = script.Environment(mistake.get("reset", reset), step, space)
+    if message is None:
+        script.check_environment(env, "own:name")
+    else:
+        with pytest.raises(script.Failure, match=f"^{message}$"):
+            script.check_environment(env, "own:name")
+
+
+def test_what_a_module_makes_is_checked(modules):
+    with pytest.raises(
+        ppo_discrete.Failure, match=r"step of flags_it:coin-v0 .* bool \[2\], int32"
+    ):
+        ppo_discrete.make_env("flags_it:coin-v0")
 
 
 def test_actions_of_the_other_kind_name_the_other_script(modules):
