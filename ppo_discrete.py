@@ -531,7 +531,7 @@ class Failure(ValueError):
 # What some environments need instead of the defaults, by family (the end of the name) or by name.
 # The measurements are in docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": dict(kl_threshold=0.02),  # else one run in ten falls once it has solved it
+    "CartPole-v1": dict(kl_threshold=0.02),  # else more runs fall once they have solved it
     "MountainCar-v0": dict(normalize_obs=True),  # its velocity is a few hundredths
     "DeepSea-bsuite": dict(num_envs=128),  # the first rollout has to find one path of 2^8
     "MinAtar": dict(num_envs=64, learning_rate=1e-3, update_epochs=4, ent_coef=0.01)
