@@ -35,7 +35,7 @@ optimum (docs/derivations.md).
 Departures from the paper ("detail n": n-th core one, Huang et al. 2022, 37 Implementation Details):
 - β is clamped, and kept if d is not finite; L_KLPEN may have the entropy bonus of eq. 9;
 - truncated episodes (by a time limit) bootstrap from V(s_{t+1}), terminated ones do not;
-- advantages are normalised per minibatch; the actor skips those where KL(π_old ‖ π) is too large;
+- advantages are normalised per minibatch; the actor skips those with a KL above kl_threshold;
 - rewards and observations are scaled by running statistics and clipped;
 - the learning rate falls to zero, the gradient's norm is clipped, Adam's ε is 1e-5;
 - weights start orthogonal; the value loss has a ½; actions are stretched to the bounds.
