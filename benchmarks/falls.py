@@ -10,6 +10,9 @@ first update whose episodes return `solved` or more on average. It falls if late
 running, four or more ended episodes return less than `low` on average. Per script and task
 benchmarks/results/falls.csv has a row per seed: the update that solved it, the first update of a
 fall, or nothing, and the mean return of the greedy evaluation at the end.
+
+The games of MinAtar have no return that solves them. For these a second table tells how deep the
+learning curves of learning.py dip below what they had reached.
 """
 
 import argparse
@@ -154,6 +157,29 @@ def row(label, env_id, rows, batch_size):
     return ["| " + " | ".join(map(str, cells)) + " |"]
 
 
+def deepest_dip(returns, window=5):
+    """How much was left at worst: [points, seeds] -> [seeds].
+
+    The least ratio of a mean over `window` points of the curve to the largest such mean up to then.
+    """
+    complete = returns[~np.isnan(returns).any(axis=1)]  # at first no episode may have ended
+    means = np.lib.stride_tricks.sliding_window_view(complete, window, axis=0).mean(axis=-1)
+    return (means / np.maximum.accumulate(means)).min(axis=0)
+
+
+def dips_table():
+    """Markdown: a row per game of MinAtar, median and worst seed of each algorithm."""
+    lines = ["| game | PPO-clip | PPO-penalty | TRPO |", "|---|---|---|---|"]
+    for env_id, steps, _, _ in learning.MINATAR:
+        cells = []
+        for name in SCRIPTS:
+            curve = learning.result_path(name, env_id, steps).with_suffix(".curve.csv")
+            dips = deepest_dip(np.genfromtxt(curve, delimiter=",", skip_header=1)[:, 1:])
+            cells.append(f"{np.median(dips):.2f} ({dips.min():.2f}, {len(dips)} seeds)")
+        lines.append(f"| {env_id} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--first", type=int, default=1000, help="the first seed")
@@ -170,8 +196,9 @@ def main():
             for env_id in flags.tasks:
                 seeds = range(flags.first, flags.first + flags.seeds)
                 run_missing(name, env_id, not flags.no_preset, seeds)
-    print(table())
-    learning.replace_table("falls", table())
+    for name, text in (("falls", table()), ("dips", dips_table())):
+        print(text)
+        learning.replace_table(name, text)
 
 
 def run_missing(name, env_id, preset, seeds):

@@ -123,6 +123,7 @@ def test_the_table_of_falls_is_that_of_the_stored_rows():
     text = learning.DOCUMENT.read_text()
     assert f"<!-- falls -->\n{falls.table()}\n<!-- end of falls -->" in text
     assert len(falls.table().splitlines()) > 2
+    assert f"<!-- dips -->\n{falls.dips_table()}\n<!-- end of dips -->" in text
 
 
 def test_the_table_of_edits_is_that_of_the_stored_rows():
@@ -212,3 +213,10 @@ def test_what_counts_as_a_fall():
     assert falls.fall(returns, ended, 495, 400) == (1, 6)
     assert falls.fall(returns[:7], ended[:7], 495, 400) == (1, -1)  # one alone is none
     assert falls.fall(returns[:1], ended[:1], 495, 400) == (-1, -1)
+
+
+def test_how_deep_a_curve_dips():
+    nan = float("nan")
+    # Means of two: 2, 4, 2, 1, 5 (at worst a quarter of 4 is left), and 1, 2, 3, 4, 5.
+    curve = np.array([[nan, nan], [2, 1], [2, 1], [6, 3], [-2, 3], [4, 5], [6, 5]])
+    np.testing.assert_array_equal(falls.deepest_dip(curve, 2), [0.25, 1.0])
