@@ -709,16 +709,16 @@ def check_environment(env: Environment, env_id: str) -> None:
     action = jnp.zeros(2, int) if hasattr(space, "n") else jnp.zeros((2, *space.shape))
     shape = lambda x: getattr(x, "shape", ())
     form = lambda x: f"{x.dtype} {list(x.shape)}" if hasattr(x, "shape") else type(x).__name__
-    form_all = lambda x: ", ".join(map(form, x)) if type(x) is tuple else form(x)
+    form_all = lambda x: ", ".join(map(form, x)) if isinstance(x, tuple | list) else form(x)
     start = jax.eval_shape(env.reset, keys)
-    is_pair = type(start) is tuple and len(start) == 2
+    is_pair = isinstance(start, tuple | list) and len(start) == 2
     if not is_pair or len(shape(start[0])) < 2 or 0 in start[0].shape:
         should = f"reset of {env_id} should return obs [N, D], env_state"
         raise Failure(f"{should}; for N = 2 it returned {form_all(start)}")
     obs, env_state = start
     result = jax.eval_shape(env.step, keys, env_state, action)
     shapes = [obs.shape, obs.shape, (2,), (2,), (2,)]
-    is_right = type(result) is tuple and [shape(x) for x in result[1:]] == shapes
+    is_right = isinstance(result, tuple | list) and [*map(shape, result[1:])] == shapes
     if not is_right or any(flag.dtype != bool for flag in result[4:]):
         parts = "env_state, next_obs [N, D], reset_obs [N, D], reward [N], terminated [N] (bool)"
         should = f"step of {env_id} should return {parts}, truncated [N] (bool)"

@@ -264,6 +264,7 @@ def test_what_a_module_makes_has_to_be_an_environment(modules, script, module, k
     "mistake, message",
     [
         (dict(), None),
+        (dict(kind=list), None),  # which unpacks as well
         (dict(reset=lambda keys: jnp.zeros((len(keys), 3))), r"reset .* returned float32 \[2, 3\]"),
         (dict(size=()), r"reset .* obs \[N, D\].* returned float32 \[2\], int32 \[2\]"),
         (dict(size=(0,)), r"reset .* returned float32 \[2, 0\], int32 \[2\]"),
@@ -282,7 +283,7 @@ def test_what_an_environment_returns_is_checked(script, mistake, message):
     def step(keys, time, action):
         obs, end = zeros(keys, *size), zeros(keys).astype(flag)
         result = time + 1, obs, obs, zeros(keys), end, end
-        return tuple(result[i] for i in mistake.get("order", range(6)))
+        return mistake.get("kind", tuple)(result[i] for i in mistake.get("order", range(6)))
 
     space = spaces.Box(-1.0, 1.0, (2,)) if script is ppo_continuous else spaces.Discrete(2)
     env = script.Environment(mistake.get("reset", reset), step, space)
