@@ -14,8 +14,8 @@ An agent in state s_t samples an action a_t from its policy π(·|s_t), receives
 moves to state s_{t+1}. We look for a policy with a high expected return E[Σ γ^t r_t].
 
 The policy gradient g = E[∇ log π(a_t|s_t) Â_t] makes an action more likely if it turned out better
-than expected. The advantage Â_t measures that: what followed the action, minus what a second
-network, the critic V, had predicted for s_t.
+than expected. The advantage Â_t measures that: the rewards that followed, minus what a second
+network, the critic V, had predicted.
 
 The surrogate L estimates how good a policy π_θ is from the data of another, π_old. It is only valid
 near π_old: it corrects for π_θ choosing other actions, but not for it visiting other states. TRPO
@@ -79,12 +79,12 @@ from jax.flatten_util import ravel_pytree
 
 @dataclass(frozen=True)
 class Config:
-    """Hyperparameters of TRPO. The defaults suit small tasks."""
+    """Hyperparameters. The defaults are tuned for small tasks."""
 
     env_id: str = "CartPole-v1"  # name of a gymnax environment, or module:name for your own
     seed: int = 0  # first seed; the others count up from it
     num_seeds: int = 8  # number of independent runs, trained side by side
-    total_timesteps: int = 100_000  # environment steps per seed
+    total_timesteps: int = 100_000  # environment steps per seed, rounded down to whole updates
     num_envs: int = 16  # parallel environments per seed (N)
     num_steps: int = 256  # steps per environment and update (T)
     gamma: float = 0.99  # discount γ
@@ -108,20 +108,16 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError for values that cannot work. Arrays pass, because they may be traced."""
-        counts = "num_seeds num_envs num_steps update_epochs num_minibatches hidden_sizes"
-        counts = f"{counts} cg_iterations fisher_stride line_search_tries".split()
-        for name, value in {
-            **vars(self),
-            "hidden_sizes": min(self.hidden_sizes, default=1),
-        }.items():
-            least = 1 if name in counts else 0
+        for name, value in vars(self).items():
+            least = 1 if type(getattr(Config, name)) is int and name != "seed" else 0
             most = 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and not least <= value <= most:
                 raise ValueError(f"{name} must be between {least} and {most}, not {value}")
+        if min(self.hidden_sizes, default=1) < 1:
+            raise ValueError(f"hidden_sizes must be positive, not {self.hidden_sizes}")
         size = f"num_envs x num_steps = {self.batch_size}"
-        least = max(2, 8 * self.batch_size**2 // 2**32)  # of random_orders
-        if self.batch_size % self.num_minibatches or self.batch_size < least * self.num_minibatches:
-            raise ValueError(f"num_minibatches must divide {size} into parts of at least {least}")
+        if self.batch_size % self.num_minibatches or self.batch_size < 2 * self.num_minibatches:
+            raise ValueError(f"num_minibatches must divide {size} into parts of at least 2")
         if self.num_updates < 1:
             raise ValueError(f"total_timesteps must be at least {size}")
 
@@ -209,21 +205,11 @@ def bound_action(action, space):
     return start + (end - start) * (action + 1.0) / 2
 
 
-def orthogonal(scale):
-    """Initialiser for orthogonal weights. Under vmap it treats one seed after the other: with jax
-    >= 0.10, QR decompositions of several seeds at once can deadlock on a CPU with few cores."""
-
-    def init(key, shape, dtype):
-        one = partial(nn.initializers.orthogonal(scale), shape=shape, dtype=dtype)
-        return jax.custom_batching.sequential_vmap(one)(key)
-
-    return init
-
-
 def mlp(x, hidden_sizes, activation, out_size, out_scale):
     """A multilayer perceptron [..., D] -> [..., out_size]."""
     for size in hidden_sizes:
-        x = getattr(nn, activation)(nn.Dense(size, kernel_init=orthogonal(math.sqrt(2)))(x))
+        x = nn.Dense(size, kernel_init=orthogonal(math.sqrt(2)))(x)
+        x = getattr(nn, activation)(x)
     return nn.Dense(out_size, kernel_init=orthogonal(out_scale))(x)
 
 
@@ -233,7 +219,7 @@ class Actor(nn.Module):
     action_space: Any
     hidden_sizes: tuple[int, ...]
     activation: str
-    initial_std: float = 1.0
+    initial_std: float
 
     @nn.compact
     def __call__(self, obs):
@@ -260,6 +246,12 @@ class Critic(nn.Module):
         return mlp(obs, self.hidden_sizes, self.activation, 1, 1.0).squeeze(-1)
 
 
+def make_networks(config, action_space):
+    """The actor and the critic. To use other networks, change this function."""
+    actor = Actor(action_space, config.hidden_sizes, config.activation, config.initial_std)
+    return actor, Critic(config.hidden_sizes, config.activation)
+
+
 # ---- The mathematics, as pure functions of arrays ------------------------------------------------
 
 
@@ -281,7 +273,8 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
         advantage = delta + gamma * gae_lambda * jnp.where(done, 0.0, advantage)
         return advantage, advantage
 
-    zeros = jnp.zeros_like(delta[0])  # unrolled, because one step is very little work
+    # From the last step to the first. The loop is unrolled, because one step is very little work.
+    zeros = jnp.zeros_like(delta[0])
     _, advantage = jax.lax.scan(step, zeros, (delta, done), reverse=True, unroll=16)
     return advantage, advantage + value
 
@@ -289,19 +282,6 @@ def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
 def normalize_advantage(advantage):
     """Mean 0 and standard deviation 1, so that the same settings suit every reward scale."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-
-
-def random_orders(key, number, size):
-    """`number` random orders of 0 ... size-1, as [number, size].
-
-    Sorts random words whose lowest bits are replaced by the index. `jax.random.permutation` sorts
-    pairs, which takes a fifth of the training time on a CPU. Words that tie in the other bits stay
-    in order, so minibatches must be much larger than a group of ties (size²/2³² on average).
-    """
-    bits = (size - 1).bit_length()
-    words = jax.random.bits(key, (number, size), jnp.uint32) >> bits << bits
-    words = jnp.sort(words | jnp.arange(size, dtype=jnp.uint32))
-    return words & jnp.uint32(2**bits - 1)
 
 
 # ---- The step of TRPO ----------------------------------------------------------------------------
@@ -396,8 +376,7 @@ def line_search(measure, theta, step, max_kl, max_tries, ratio):
         choose = lambda new, old: jnp.where(accepted, new, old).astype(old.dtype)
         return jax.tree.map(choose, success, failure)
 
-    zero = jnp.zeros((), theta.dtype)
-    start = LineSearch(theta, jnp.bool(False), jnp.int32(0), improvement=zero, kl=zero)
+    start = LineSearch(theta, jnp.bool(False), jnp.int32(0), *jnp.zeros(2, theta.dtype))
     return jax.lax.while_loop(unfinished, attempt, start)
 
 
@@ -421,7 +400,7 @@ def update_stats(stats, x):
     """Merge a rollout x [T, N, ...] into the statistics (Chan, Golub & LeVeque 1979)."""
     if stats is None:
         return None
-    shift = x[0, 0]  # float32 rounds less when the numbers are small
+    shift = x[0, 0]  # so that float32 rounds little even if the mean is large
     mean, var = shift + (x - shift).mean((0, 1)), (x - shift).var((0, 1))
     count = x.shape[0] * x.shape[1]
     weight = count / (stats.count + count)
@@ -465,7 +444,7 @@ class Episode(NamedTuple):
 
     total: jax.Array  # [N] sum of rewards
     length: jax.Array  # [N] number of steps
-    discounted: jax.Array  # [N] r_t + γ r_{t-1} + γ² r_{t-2} + ..., to scale the rewards
+    discounted: jax.Array  # [N] r_t + γ r_{t-1} + γ² r_{t-2} + ...; its std scales the rewards
 
 
 class Transition(NamedTuple):
@@ -486,7 +465,7 @@ class State(NamedTuple):
     params: dict[str, Any]  # {"actor": ..., "critic": ...}
     opt_state: optax.OptState  # of the critic
     obs_stats: RunningStats | None  # of observations
-    return_stats: RunningStats | None  # of the discounted return
+    reward_stats: RunningStats | None  # of Episode.discounted
     env_state: Any  # of N environments
     obs: jax.Array  # [N, D] current observations
     episode: Episode
@@ -497,31 +476,29 @@ class State(NamedTuple):
 
 
 def make_train(config, env=None):
-    """Make the two functions of training: init(key) -> State; update(State) -> State, metrics.
-
-    They use `env`, an Environment, or else the gymnax environment named config.env_id.
-    """
+    """Make two functions, init(key) -> State and update(State) -> State, metrics. They use the
+    Environment `env`, or else the gymnax environment named config.env_id."""
     env = env or make_gymnax(config.env_id)
-    actor = Actor(env.action_space, config.hidden_sizes, config.activation, config.initial_std)
-    critic = Critic(config.hidden_sizes, config.activation)
-    steps_per_update = config.update_epochs * config.num_minibatches  # of the critic
+    actor, critic = make_networks(config, env.action_space)
+    grad_steps = config.update_epochs * config.num_minibatches  # gradient steps per update
     learning_rate = config.learning_rate
     if config.anneal_lr:
-        total_steps = config.num_updates * steps_per_update
-        learning_rate = optax.linear_schedule(learning_rate, 0.0, total_steps)
+        learning_rate = optax.linear_schedule(learning_rate, 0.0, config.num_updates * grad_steps)
     optimizer = optax.adam(learning_rate, eps=1e-5)
 
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
-        chex.assert_rank(obs, 2, custom_message="obs must be flat, [N, D]; see the edit `cnn`")
+        chex.assert_rank(
+            obs, 2, custom_message="obs must be flat, [N, D]: see tests/edits/cnn.patch"
+        )
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
         zeros = jnp.zeros(config.num_envs)
         return State(
             params=params,
             opt_state=optimizer.init(params["critic"]),
             obs_stats=init_stats(obs.shape[1:]) if config.normalize_obs else None,
-            return_stats=init_stats(()) if config.normalize_reward else None,
+            reward_stats=init_stats(()) if config.normalize_reward else None,
             env_state=env_state,
             obs=obs,
             episode=Episode(total=zeros, length=zeros.astype(jnp.int32), discounted=zeros),
@@ -572,9 +549,8 @@ def make_train(config, env=None):
 
         old_objective, gradient = jax.value_and_grad(lambda x: objective(policy_at(x)))(theta)
         product = fisher_vector_product(partial(policy_at, stride=config.fisher_stride), theta)
-        step, cg_error = trust_region_step(
-            product, gradient, config.max_kl, config.cg_damping, config.cg_iterations
-        )
+        settings = config.max_kl, config.cg_damping, config.cg_iterations
+        step, cg_error = trust_region_step(product, gradient, *settings)
 
         def measure(theta):
             policy = policy_at(theta)
@@ -607,15 +583,15 @@ def make_train(config, env=None):
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. The value of s_{t+1} is computed, not taken from the next row, which
-        # after the end of an episode belongs to another one. Observations are normalised as they
-        # were when the policy acted, rewards by statistics that include this rollout.
+        # after the end of an episode belongs to another one. Observations must be normalised as
+        # they were when the policy acted, so their statistics change only after this rollout.
         obs = normalize(rollout.obs, state.obs_stats)
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)
         next_value = critic.apply(state.params["critic"], next_obs)
         obs_stats = update_stats(state.obs_stats, rollout.obs)
-        return_stats = update_stats(state.return_stats, rollout.episode.discounted)
-        reward = normalize(rollout.reward, return_stats, center=False)
+        reward_stats = update_stats(state.reward_stats, rollout.episode.discounted)
+        reward = normalize(rollout.reward, reward_stats, center=False)
         terminated, done = rollout.terminated, rollout.done
         advantage, target = gae(
             reward, value, next_value, terminated, done, config.gamma, config.gae_lambda
@@ -632,7 +608,7 @@ def make_train(config, env=None):
         batch = {"obs": obs, "target": target}
         batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
         orders = random_orders(shuffle_key, config.update_epochs, config.batch_size)
-        minibatch_indices = orders.reshape(steps_per_update, -1)
+        minibatch_indices = orders.reshape(grad_steps, -1)
 
         def critic_step(carry, indices):
             params, opt_state = carry
@@ -645,16 +621,17 @@ def make_train(config, env=None):
         (critic_params, opt_state), losses = jax.lax.scan(critic_step, carry, minibatch_indices)
         params = {"actor": actor_params, "critic": critic_params}
 
-        unexplained = jnp.var(target - value) / jnp.var(target)
+        # 1 if V predicts its targets up to a constant, 0 if it does no better than a constant.
+        explained = 1.0 - jnp.var(target - value) / jnp.var(target)
         metrics = {
             "episodic_return": jnp.mean(rollout.episode.total, where=done),  # NaN if none ended
             "episodic_length": jnp.mean(rollout.episode.length, where=done),
             **policy_metrics,
             "value_loss": losses.mean(),
-            "explained_variance": jnp.where(unexplained < jnp.inf, 1.0 - unexplained, jnp.nan),
+            "explained_variance": jnp.where(jnp.isinf(explained), jnp.nan, explained),
         }
         state = state._replace(
-            params=params, opt_state=opt_state, obs_stats=obs_stats, return_stats=return_stats
+            params=params, opt_state=opt_state, obs_stats=obs_stats, reward_stats=reward_stats
         )
         return state, metrics
 
@@ -665,7 +642,7 @@ def train(config, key, env=None):
     """A complete run: returns the final State, and each metric as an array [num_updates].
 
     `jax.jit(jax.vmap(partial(train, config)))(keys)` trains one agent per key. Hyperparameters that
-    are floats can be vmapped too: `vmap(lambda x: train(replace(config, gamma=x), key))`.
+    are floats can be vmapped, too: `jax.vmap(lambda x: train(Config(gamma=x), key))(values)`.
     """
     init, update = make_train(config, env)
     return jax.lax.scan(update, init(key), None, config.num_updates)
@@ -677,7 +654,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
     Each of `num_episodes` environments plays one episode, which is cut after `max_steps`.
     """
     env = env or make_gymnax(config.env_id)
-    actor = Actor(env.action_space, config.hidden_sizes, config.activation)
+    actor, _ = make_networks(config, env.action_space)
     reset_key, key = jax.random.split(key)
     obs, env_state = env.reset(jax.random.split(reset_key, num_episodes))
 
@@ -703,12 +680,37 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
     return total, length
 
 
-# ---- Environments --------------------------------------------------------------------------------
+# ---- Details, to skip at first reading -----------------------------------------------------------
+
+
+def random_orders(key, number, size):
+    """`number` random orders of 0 ... size-1, as [number, size].
+
+    On a CPU `jax.random.permutation` takes a fifth of the training time: it sorts pairs of a random
+    word and an index. Here the index is part of the word, for which large sizes leave no room.
+    """
+    words = jax.random.bits(key, (number, size), jnp.uint32)
+    if size > 2**16:  # too few random bits would be left
+        return jnp.argsort(words)
+    bits = (size - 1).bit_length()
+    words = jnp.sort((words >> bits << bits) | jnp.arange(size, dtype=jnp.uint32))
+    return words & jnp.uint32(2**bits - 1)
+
+
+def orthogonal(scale):
+    """Initialiser for orthogonal weights. Under vmap the seeds take turns, because with jax >= 0.10
+    several QR decompositions at once can deadlock on a CPU with few cores."""
+
+    def init(key, shape, dtype):
+        one = partial(nn.initializers.orthogonal(scale), shape=shape, dtype=dtype)
+        return jax.custom_batching.sequential_vmap(one)(key)
+
+    return init
 
 
 def make_gymnax(name):
     """N copies of a gymnax environment, with flat observations."""
-    import gymnax  # not at the top: importing it starts JAX, which jax.distributed has to precede
+    import gymnax  # not at the top, because it starts JAX, which would be too early for main()
 
     if name not in gymnax.registered_envs:
         known = ", ".join(sorted(gymnax.registered_envs))
@@ -762,10 +764,10 @@ from tqdm import tqdm
 
 SCRIPT = Path(__file__).stem
 EVALUATION_EPISODES = 100  # per seed
-SAVE_SECONDS = 30  # time between checkpoints, which is all that a killed run can lose
+SAVE_SECONDS = 30  # between checkpoints
 
 # Tuned hyperparameters of environments, and of families of them (the last part of the name). They
-# are used by the command line and by `default_config`, but not by `Config`.
+# are used by the command line and by `default_config`, but not by `Config`. See docs/results.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "Pendulum-v1": dict(activation="relu"),
     "Swimmer-misc": dict(normalize_obs=False),
@@ -832,11 +834,10 @@ def load_env(env_id: str) -> Environment:
         module = importlib.import_module(module_name.lstrip("./")) if module_name else None
         env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
     except (ImportError, LookupError) as error:
-        raise UserError(f"cannot make {env_id}: {error.args[0]}") from error
+        raise UserError(f"cannot make {env_id}: {error}") from error
     if not hasattr(env.action_space, "n") and not hasattr(env.action_space, "high"):
-        raise UserError(
-            f"{env_id} needs a Discrete or Box action space, or the edit multi_discrete"
-        )
+        other = "for several discrete actions there is tests/edits/multi_discrete.patch"
+        raise UserError(f"the action space of {env_id} is not Discrete and not a Box; {other}")
     return env
 
 
@@ -846,7 +847,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def use_cores(num_seeds: int) -> None:
-    """Make CPU cores devices, as many as divide the seeds evenly. Call this before JAX starts."""
+    """Split a CPU into up to one device per core. This works only before JAX has started."""
     if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", largest_divisor(num_seeds, cores))
@@ -861,7 +862,7 @@ def over_seeds(function: Callable, num_seeds: int, **options: Any) -> Callable:
         raise UserError(f"num_seeds must be a multiple of {jax.device_count()}, the device count")
     devices = jax.devices()[: largest_divisor(num_seeds, jax.device_count())]
     axis = PartitionSpec("seed")
-    # Without check_vma=False JAX asks for an annotation of each constant that starts a loop.
+    # With check_vma=True JAX rejects loops that start from a constant.
     specs = dict(mesh=Mesh(devices, "seed"), in_specs=axis, out_specs=axis, check_vma=False)
     return jax.jit(jax.shard_map(jax.vmap(function), **specs), **options)
 
@@ -940,11 +941,10 @@ def append_metrics(file, config: Config, updates_done: int, metrics: dict[str, n
 
 
 def train_and_save(run_dir: Path) -> State:
-    """Train all seeds of a run, from its last checkpoint if there is one. Whatever has ended an
-    earlier attempt, the result is the same."""
+    """Train all seeds of a run, from its last checkpoint if there is one."""
     config, env, state, updates_done = load_run(run_dir)
     _, update = make_train(config, env)
-    # Updates are compiled in segments of equal length, at least 50 of them if possible.
+    # One call of train_segment makes `length` updates. There are at least 50 calls, if possible.
     length = largest_divisor(config.num_updates, max(1, config.num_updates // 50))
     segment = partial(jax.lax.scan, update, xs=None, length=length)
     train_segment = over_seeds(segment, config.num_seeds, donate_argnums=0)
@@ -1015,7 +1015,7 @@ def run(flags: Flags) -> None:
 
     def play(state):
         finite = jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]))
-        key = jax.random.fold_in(state.key, 0)  # training does not use this key
+        key = jax.random.fold_in(state.key, 4)  # an update would use the keys 0 to 3
         return *evaluate(config, state, key, EVALUATION_EPISODES, env), finite
 
     results = over_seeds(play, config.num_seeds)(state)
