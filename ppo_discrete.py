@@ -17,23 +17,23 @@ The policy gradient E[∇ log π(a_t|s_t) Â_t] makes an action more likely if i
 expected. The advantage Â_t measures that: the rewards that followed, minus what a second network,
 the critic V, had predicted.
 
-A policy gradient is valid for the policy that collected the data, π_old, so each rollout is good
-for a single step. PPO (Schulman et al. 2017, arXiv:1707.06347) takes many steps on each rollout. It
+A policy gradient is only valid for the policy that collected the data, π_old, so each rollout is
+good for a single step. PPO (Schulman et al. 2017, arXiv:1707.06347) takes many steps on each. It
 weights every sample by the ratio ρ_t of its action's new and old probability. That corrects for the
 new policy choosing other actions, but nothing corrects for it visiting other states, so it must
 stay close to π_old. A clip removes the incentive to move further: once ρ_t has left [1-ε, 1+ε] in
 the direction that its advantage favours, the sample contributes no gradient. Other samples can
-still move the policy. So the actor stops for the rest of an update once a minibatch shows that its
-KL divergence from π_old exceeds `target_kl`.
+still move the policy. An early stop, which is not in the paper, therefore ends the training of the
+actor in this update once a minibatch shows a KL divergence from π_old above `target_kl`.
 
     repeat   collect a rollout: T steps in each of N environments, with π_old = π_θ     (env_step)
              estimate the advantages Â_t and the targets of the critic                       (gae)
              K times: shuffle the rollout; take a gradient step on each minibatch of M      (loss)
 
-    ρ_t(θ)    = π_θ(a_t|s_t) / π_old(a_t|s_t)                       (called r_t in section 3)
+    ρ_t(θ)    = π_θ(a_t|s_t) / π_old(a_t|s_t)                       (the paper's r_t(θ))
     L_CLIP(θ) = E[ min( ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                            (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]            (eq. 9)
-    Â_t       = δ_t + γλ δ_{t+1} + (γλ)² δ_{t+2} + ..., until episode or rollout end    (eq. 11)
+    Â_t       = δ_t + γλ δ_{t+1} + (γλ)² δ_{t+2} + ..., to the end of the episode       (eq. 11)
     δ_t       = r_t + γ V(s_{t+1}) - V(s_t),    V_target = Â_t + V(s_t)                 (eq. 12)
 
     s_t obs          s_{t+1} next_obs     a_t action       r_t reward       π_θ policy
@@ -99,8 +99,9 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError for values that cannot work. Arrays pass, because they may be traced."""
+        counts = ("num_seeds", "num_envs", "num_steps", "update_epochs", "num_minibatches")
         for name, value in vars(self).items():
-            least = 1 if type(getattr(Config, name)) is int and name != "seed" else 0
+            least = 1 if name in counts else 0
             most = 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and not least <= value <= most:
                 raise ValueError(f"{name} must be between {least} and {most}, not {value}")
@@ -191,11 +192,11 @@ def make_networks(config, action_space):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    λ = 1 has low bias and high variance, λ = 0 the opposite. After a `terminated` step there is no
-    next state, so V(s_{t+1}) counts as 0. `done` means terminated or truncated by a time limit:
-    either way the next row belongs to another episode, so the sum stops. A step that was only
-    truncated keeps V(s_{t+1}), because without the limit the episode would have continued (Pardo et
-    al. 2018, arXiv:1712.00378). All arrays are [T, N]; returns the advantages and the targets of V.
+    `gae_lambda` = 1 has low bias and high variance, 0 the opposite. After a `terminated` step there
+    is no next state, so V(s_{t+1}) counts as 0. `done` means terminated, or truncated by a time
+    limit: the next row belongs to another episode, so the sum stops. A step that was only truncated
+    keeps V(s_{t+1}), because without the limit the episode would have continued (Pardo et al. 2018,
+    arXiv:1712.00378). All arrays are [T, N]; returns the advantages and the targets of V.
     """
     chex.assert_rank(reward, 2)
     chex.assert_equal_shape([reward, value, next_value, terminated, done])
@@ -355,9 +356,7 @@ def make_train(config, env=None):
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
-        chex.assert_rank(
-            obs, 2, custom_message="obs must be flat, [N, D]: see tests/edits/cnn.patch"
-        )
+        chex.assert_rank(obs, 2, custom_message="obs must be flat, [N, D]: see edits/cnn.patch")
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
         zeros = jnp.zeros(config.num_envs)
         return State(
@@ -433,8 +432,8 @@ def make_train(config, env=None):
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. The value of s_{t+1} is computed, not taken from the next row, which
-        # after the end of an episode belongs to another one. Observations must be normalised as
-        # they were when the policy acted, so their statistics change only after this rollout.
+        # after the end of an episode belongs to another one. Until the next rollout, observations
+        # are normalised as they were when the policy acted. Rewards use the newest statistics.
         obs = normalize(rollout.obs, state.obs_stats)
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)
@@ -469,7 +468,7 @@ def make_train(config, env=None):
             unless_stopped = partial(jax.tree.map, lambda x: jnp.where(stopped, 0.0, x))
             gradient["actor"] = unless_stopped(gradient["actor"])
             updates, opt_state = optimizer.update(gradient, opt_state, params)
-            updates["actor"] = unless_stopped(updates["actor"])  # Adam's momentum would move it
+            updates["actor"] = unless_stopped(updates["actor"])  # despite Adam's momentum
             metrics["stopped"] = stopped
             return (optax.apply_updates(params, updates), opt_state, stopped), metrics
 
@@ -539,11 +538,11 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
 def random_orders(key, number, size):
     """`number` random orders of 0 ... size-1, as [number, size].
 
-    On a CPU `jax.random.permutation` takes a fifth of the training time: it sorts pairs of a random
-    word and an index. Here the index is part of the word, for which large sizes leave no room.
+    On a CPU `jax.random.permutation` takes a fifth of the training time, because it sorts pairs of
+    a random word and an index. It is faster to put the index into the lowest bits of the word.
     """
     words = jax.random.bits(key, (number, size), jnp.uint32)
-    if size > 2**16:  # too few random bits would be left
+    if size > 2**15:  # the index would leave too few random bits
         return jnp.argsort(words)
     bits = (size - 1).bit_length()
     words = jnp.sort((words >> bits << bits) | jnp.arange(size, dtype=jnp.uint32))
@@ -619,8 +618,7 @@ SCRIPT = Path(__file__).stem
 EVALUATION_EPISODES = 100  # per seed
 SAVE_SECONDS = 30  # between checkpoints
 
-# Tuned hyperparameters of environments, and of families of them (the last part of the name). They
-# are used by the command line and by `default_config`, but not by `Config`. See docs/results.md.
+# Tuned hyperparameters of environments, or of families of them (the last part of the name).
 PRESETS: dict[str, dict[str, Any]] = {
     "MountainCar-v0": dict(normalize_obs=True),
     "DeepSea-bsuite": dict(num_envs=128),
@@ -648,7 +646,7 @@ class Flags:
 
 
 def default_config(env_id: str) -> Config:
-    """The hyperparameters that the command line uses for an environment."""
+    """The hyperparameters that the command line uses for an environment, with its preset."""
     family = env_id.rpartition("-")[2]
     return Config(env_id=env_id, **{**PRESETS.get(family, {}), **PRESETS.get(env_id, {})})
 
@@ -681,7 +679,7 @@ def load_env(env_id: str) -> Environment:
     module_name, _, name = env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name.lstrip("./")) if module_name else None
+        module = importlib.import_module(module_name.removeprefix("./")) if module_name else None
         env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
     except (ImportError, LookupError) as error:
         raise UserError(f"cannot make {env_id}: {error}") from error
@@ -720,8 +718,7 @@ def over_seeds(function: Callable, num_seeds: int, **options: Any) -> Callable:
 def make_run_dir(config: Config) -> Path:
     """Create runs/<env_id>__<script>__<seed>__<time>, with the hyperparameters in it."""
     # All processes use the name that the first one gives; its process id makes it unique.
-    unique = np.array([time.time(), os.getpid()]).astype(np.uint32)
-    now, pid = multihost.broadcast_one_to_all(unique)
+    now, pid = multihost.broadcast_one_to_all(np.uint32([time.time(), os.getpid()]))
     date = time.strftime("%Y%m%d-%H%M%S", time.gmtime(int(now)))
     name = f"{config.env_id}__{SCRIPT}__{config.seed}__{date}-{pid}"
     run_dir = Path("runs") / re.sub(r"[^-.\w]", "_", name)
@@ -757,8 +754,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Environment, State, int]:
     return config, env, state, updates_done
 
 
-def open_metrics(run_dir: Path, num_rows: int):
-    """Open metrics.csv to append to its first `num_rows` rows. Later rows belong to updates after
+def open_metrics(run_dir: Path, num_lines: int):
+    """Open metrics.csv to append to its first `num_lines` lines. Later ones belong to updates after
     the last checkpoint, which training repeats. Only the first process writes the file."""
     if jax.process_index() > 0:
         return tempfile.TemporaryFile("w")
@@ -771,7 +768,7 @@ def open_metrics(run_dir: Path, num_rows: int):
         except BlockingIOError as error:
             raise UserError(f"another process is training {run_dir}") from error
     file.seek(0)
-    for _ in range(1 + num_rows if num_rows else 0):
+    for _ in range(num_lines):
         file.readline()
     file.truncate(file.tell())
     return file
@@ -782,10 +779,12 @@ def append_metrics(file, config: Config, updates_done: int, metrics: dict[str, n
     writer = csv.writer(file, lineterminator="\n")
     if updates_done == 0:
         writer.writerow(["seed", "update", "env_step", *metrics])
-    for i, j in np.ndindex(metrics["episodic_return"].T.shape):
-        update = updates_done + i + 1
-        values = [f"{x[j, i]:.7g}" for x in metrics.values()]
-        writer.writerow([config.seed + j, update, update * config.batch_size, *values])
+    num_seeds, num_updates = metrics["episodic_return"].shape
+    for i in range(num_updates):
+        for j in range(num_seeds):
+            update = updates_done + i + 1
+            values = [f"{x[j, i]:.7g}" for x in metrics.values()]
+            writer.writerow([config.seed + j, update, update * config.batch_size, *values])
     file.flush()
     os.fsync(file.fileno())  # on the disk before a checkpoint counts on it
 
@@ -799,10 +798,11 @@ def train_and_save(run_dir: Path) -> State:
     segment = partial(jax.lax.scan, update, xs=None, length=length)
     train_segment = over_seeds(segment, config.num_seeds, donate_argnums=0)
     steps = config.num_seeds * config.batch_size  # per update
+    num_lines = 1 + updates_done * config.num_seeds if updates_done else 0
     diverged = np.zeros(config.num_seeds, bool)
     show = dict(unit="step", unit_scale=True, disable=jax.process_index() > 0)
     with (
-        open_metrics(run_dir, updates_done * config.num_seeds) as file,
+        open_metrics(run_dir, num_lines) as file,
         open_checkpoints(run_dir) as checkpoints,
         tqdm(total=config.num_updates * steps, initial=updates_done * steps, **show) as bar,
     ):
@@ -865,7 +865,7 @@ def run(flags: Flags) -> None:
 
     def play(state):
         finite = jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]))
-        key = jax.random.fold_in(state.key, 4)  # an update would use the keys 0 to 3
+        _, key = jax.random.split(state.key)
         return *evaluate(config, state, key, EVALUATION_EPISODES, env), finite
 
     results = over_seeds(play, config.num_seeds)(state)

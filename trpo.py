@@ -15,7 +15,7 @@ moves to state s_{t+1}. We look for a policy with a high expected return E[Σ γ
 
 The policy gradient g = E[∇ log π(a_t|s_t) Â_t] makes an action more likely if it turned out better
 than expected. The advantage Â_t measures that: the rewards that followed, minus what a second
-network, the critic V, had predicted.
+network, the critic V, had predicted (`gae`).
 
 The surrogate L estimates how good a policy π_θ is from the data of another, π_old. It is only valid
 near π_old: it corrects for π_θ choosing other actions, but not for it visiting other states. TRPO
@@ -23,15 +23,16 @@ near π_old: it corrects for π_θ choosing other actions, but not for it visiti
 region around π_old. The region is measured by the KL divergence between the policies, because equal
 steps of the parameters can change a policy very differently.
 
-    maximise over θ    L(θ) = E[ π_θ(a_t|s_t) / π_old(a_t|s_t) · Â_t ]                  (eq. 14)
+    maximise over θ    L(θ) = E[ π_θ(a_t|s_t) / π_old(a_t|s_t) Â_t ]        (eq. 14, with Â for Q)
     subject to         E[ KL(π_old(·|s_t) ‖ π_θ(·|s_t)) ] ≤ δ                           (eq. 14)
-    near θ_old         maximise gᵀx subject to ½ xᵀF x ≤ δ, with θ = θ_old + x          (eq. 17)
+    near θ_old         maximise gᵀx subject to ½ xᵀF x ≤ δ, for θ = θ_old + x           (eq. 17)
     solved by          x = √( 2δ / sᵀF s ) s, where F s = g                       (appendix C)
 
-F, the Fisher matrix, is the Hessian of E[KL] at θ_old. With one row per parameter it is too large
-to store. Conjugate gradient solves F s = g with products F v alone. Directions that hardly change
-the policy would get huge steps, so F is damped: F + λI takes its place. The model of eq. 17 is not
-exact. So a line search shortens the step until L, on the data, has grown and the KL is at most δ.
+The expectations are means over a rollout of π_old, and g = ∇L(θ_old). F, the Fisher matrix, is the
+Hessian of E[KL] at θ_old. With one row per parameter it is too large to store, but conjugate
+gradient solves F s = g with products F v alone. Directions that hardly change the policy would get
+huge steps, so F is damped: F + λI takes its place, which makes all steps shorter. As eq. 17 is not
+exact, a line search shortens the step until L, on the data, has grown and the KL is at most δ.
 
     repeat   collect a rollout: T steps in each of N environments, with π_old = π_θ     (env_step)
              estimate the advantages Â_t and the targets of the critic                       (gae)
@@ -39,12 +40,9 @@ exact. So a line search shortens the step until L, on the data, has grown and th
              shorten the step until it is acceptable; if it never is, keep π_old     (line_search)
              K times: shuffle the rollout; fit the critic to each minibatch of M     (critic_loss)
 
-    Â_t       = δ_t + γλ δ_{t+1} + (γλ)² δ_{t+2} + ..., until episode or rollout end    (GAE, with
-    δ_t       = r_t + γ V(s_{t+1}) - V(s_t)                                   its own δ_t and its λ)
-
     s_t obs          s_{t+1} next_obs     a_t action       r_t reward       π_θ policy
     Â_t advantage    V value              δ max_kl         λ cg_damping     γ gamma
-    θ theta [P]      g gradient [P]       x step [P]       s s [P]          F v product(v) [P]
+    θ theta [P]      g gradient [P]       x step [P]       F v product(v) [P]
     N num_envs       T num_steps          K update_epochs  B = T·N          M = B/num_minibatches
 
     python trpo.py                                           # CartPole-v1, 8 seeds, 100k steps each
@@ -108,8 +106,10 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError for values that cannot work. Arrays pass, because they may be traced."""
+        counts = ("num_seeds", "num_envs", "num_steps", "update_epochs", "num_minibatches")
+        counts += ("cg_iterations", "fisher_stride", "line_search_tries")
         for name, value in vars(self).items():
-            least = 1 if type(getattr(Config, name)) is int and name != "seed" else 0
+            least = 1 if name in counts else 0
             most = 1 if name in ("gamma", "gae_lambda") else math.inf
             if isinstance(value, int | float) and not least <= value <= most:
                 raise ValueError(f"{name} must be between {least} and {most}, not {value}")
@@ -258,11 +258,11 @@ def make_networks(config, action_space):
 def gae(reward, value, next_value, terminated, done, gamma, gae_lambda):
     """Generalised advantage estimation (PPO eqs. 11-12; Schulman et al. 2016, arXiv:1506.02438).
 
-    λ = 1 has low bias and high variance, λ = 0 the opposite. After a `terminated` step there is no
-    next state, so V(s_{t+1}) counts as 0. `done` means terminated or truncated by a time limit:
-    either way the next row belongs to another episode, so the sum stops. A step that was only
-    truncated keeps V(s_{t+1}), because without the limit the episode would have continued (Pardo et
-    al. 2018, arXiv:1712.00378). All arrays are [T, N]; returns the advantages and the targets of V.
+    `gae_lambda` = 1 has low bias and high variance, 0 the opposite. After a `terminated` step there
+    is no next state, so V(s_{t+1}) counts as 0. `done` means terminated, or truncated by a time
+    limit: the next row belongs to another episode, so the sum stops. A step that was only truncated
+    keeps V(s_{t+1}), because without the limit the episode would have continued (Pardo et al. 2018,
+    arXiv:1712.00378). All arrays are [T, N]; returns the advantages and the targets of V.
     """
     chex.assert_rank(reward, 2)
     chex.assert_equal_shape([reward, value, next_value, terminated, done])
@@ -291,8 +291,9 @@ def fisher_vector_product(policy_at, theta):
     """The function v [P] -> F v [P], for the Fisher matrix F [P, P] at theta [P].
 
     `policy_at` maps theta to the distributions in some states. F is the Hessian of the mean KL from
-    the old policy, and equals JᵀM J (appendix C.1): J is the Jacobian of the distributions'
-    parameters (logits, or mean and log std) by theta, M the Hessian of the mean KL by these.
+    the old policy. It equals JᵀM J (appendix C.1), because the gradient of the KL is zero there: J
+    is the Jacobian of the distributions' parameters (logits, or mean and log std) with respect to
+    theta, and M the Hessian of the mean KL with respect to these parameters.
     """
     old_policy, jacobian = jax.linearize(policy_at, theta)  # v -> J v
     transposed_jacobian = jax.linear_transpose(jacobian, theta)  # u -> Jᵀu
@@ -308,16 +309,16 @@ def fisher_vector_product(policy_at, theta):
 def conjugate_gradient(product, b, num_iterations):
     """Solve A x = b for a symmetric positive definite A, given as product(v) = A v.
 
-    b [P] -> x [P] and the residual b - A x [P] (Hestenes & Stiefel 1952). P iterations solve it
-    exactly, up to rounding. Far fewer come close when most eigenvalues of A are about equal, and
-    damping makes all small ones so.
+    b [P] -> x [P] and the residual b - A x [P] (Hestenes & Stiefel 1952). Without rounding errors
+    P iterations would be exact. Far fewer come close if most eigenvalues of A are nearly equal, as
+    damping makes them.
     """
 
     def iteration(carry, _):
         x, residual, direction = carry
         a_direction = product(direction)
         square, curvature = residual @ residual, direction @ a_direction
-        # Once x has converged to rounding, stop moving it: the next step would be 0/0.
+        # Once x has converged to rounding, stop moving it: the next step would be noise, or 0/0.
         move = (square > jnp.finfo(b.dtype).eps ** 2 * (b @ b)) & (curvature > 0)
         alpha = jnp.where(move, square / curvature, 0.0)
         x, residual = x + alpha * direction, residual - alpha * a_direction
@@ -331,8 +332,8 @@ def conjugate_gradient(product, b, num_iterations):
 def trust_region_step(product, gradient, max_kl, damping, num_iterations):
     """The step √(2δ / sᵀ(F+λI)s) s with s ≈ (F+λI)⁻¹g (appendix C), and the error of s.
 
-    gradient g [P] -> step [P], and ‖g - (F+λI)s‖ / ‖g‖. The step is zero if g is zero, and if the
-    curvature sᵀ(F+λI)s is not positive or the step not finite.
+    gradient g [P] -> step [P], and ‖g - (F+λI)s‖ / ‖g‖. The step is zero if g is zero, if the
+    curvature sᵀ(F+λI)s is not positive, or if the step is not finite.
     """
     s, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, num_iterations)
     curvature = s @ (gradient - residual)  # sᵀ(F+λI)s, because (F+λI)s is g minus the residual
@@ -354,7 +355,7 @@ class LineSearch(NamedTuple):
 
 
 def line_search(measure, theta, step, max_kl, max_tries, ratio):
-    """Take the first acceptable step of step, ratio·step, ratio²·step, ... (appendix C).
+    """Try step, ratio·step, ratio²·step, ... and take the first acceptable one (appendix C).
 
     `measure(θ')` returns L(θ') - L(θ) and the mean KL(π_θ ‖ π_θ'). A step is acceptable if L grows,
     the KL is at most `max_kl`, and all is finite. If none of `max_tries` steps is acceptable, the
@@ -489,9 +490,7 @@ def make_train(config, env=None):
     def init(key):
         key, actor_key, critic_key, reset_key = jax.random.split(key, 4)
         obs, env_state = env.reset(jax.random.split(reset_key, config.num_envs))
-        chex.assert_rank(
-            obs, 2, custom_message="obs must be flat, [N, D]: see tests/edits/cnn.patch"
-        )
+        chex.assert_rank(obs, 2, custom_message="obs must be flat, [N, D]: see edits/cnn.patch")
         params = {"actor": actor.init(actor_key, obs), "critic": critic.init(critic_key, obs)}
         zeros = jnp.zeros(config.num_envs)
         return State(
@@ -543,11 +542,13 @@ def make_train(config, env=None):
         old_policy = policy_at(theta)
         old_log_prob = old_policy.log_prob(action)
 
-        def objective(policy):  # L (eq. 14)
+        def objective(policy):  # L (eq. 14), and the entropy bonus
             ratio = jnp.exp(policy.log_prob(action) - old_log_prob)
             return jnp.mean(ratio * advantage) + config.ent_coef * policy.entropy().mean()
 
-        old_objective, gradient = jax.value_and_grad(lambda x: objective(policy_at(x)))(theta)
+        old_objective, gradient = jax.value_and_grad(lambda theta: objective(policy_at(theta)))(
+            theta
+        )
         product = fisher_vector_product(partial(policy_at, stride=config.fisher_stride), theta)
         settings = config.max_kl, config.cg_damping, config.cg_iterations
         step, cg_error = trust_region_step(product, gradient, *settings)
@@ -583,8 +584,8 @@ def make_train(config, env=None):
         state, rollout = jax.lax.scan(env_step, state, (action_keys, env_keys))
 
         # Estimate advantages. The value of s_{t+1} is computed, not taken from the next row, which
-        # after the end of an episode belongs to another one. Observations must be normalised as
-        # they were when the policy acted, so their statistics change only after this rollout.
+        # after the end of an episode belongs to another one. Until the next rollout, observations
+        # are normalised as they were when the policy acted. Rewards use the newest statistics.
         obs = normalize(rollout.obs, state.obs_stats)
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)
@@ -686,11 +687,11 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
 def random_orders(key, number, size):
     """`number` random orders of 0 ... size-1, as [number, size].
 
-    On a CPU `jax.random.permutation` takes a fifth of the training time: it sorts pairs of a random
-    word and an index. Here the index is part of the word, for which large sizes leave no room.
+    On a CPU `jax.random.permutation` takes a fifth of the training time, because it sorts pairs of
+    a random word and an index. It is faster to put the index into the lowest bits of the word.
     """
     words = jax.random.bits(key, (number, size), jnp.uint32)
-    if size > 2**16:  # too few random bits would be left
+    if size > 2**15:  # the index would leave too few random bits
         return jnp.argsort(words)
     bits = (size - 1).bit_length()
     words = jnp.sort((words >> bits << bits) | jnp.arange(size, dtype=jnp.uint32))
@@ -766,8 +767,7 @@ SCRIPT = Path(__file__).stem
 EVALUATION_EPISODES = 100  # per seed
 SAVE_SECONDS = 30  # between checkpoints
 
-# Tuned hyperparameters of environments, and of families of them (the last part of the name). They
-# are used by the command line and by `default_config`, but not by `Config`. See docs/results.md.
+# Tuned hyperparameters of environments, or of families of them (the last part of the name).
 PRESETS: dict[str, dict[str, Any]] = {
     "Pendulum-v1": dict(activation="relu"),
     "Swimmer-misc": dict(normalize_obs=False),
@@ -798,7 +798,7 @@ class Flags:
 
 
 def default_config(env_id: str) -> Config:
-    """The hyperparameters that the command line uses for an environment."""
+    """The hyperparameters that the command line uses for an environment, with its preset."""
     family = env_id.rpartition("-")[2]
     return Config(env_id=env_id, **{**PRESETS.get(family, {}), **PRESETS.get(env_id, {})})
 
@@ -831,7 +831,7 @@ def load_env(env_id: str) -> Environment:
     module_name, _, name = env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name.lstrip("./")) if module_name else None
+        module = importlib.import_module(module_name.removeprefix("./")) if module_name else None
         env = module.make(name) if hasattr(module, "make") else make_gymnax(name)
     except (ImportError, LookupError) as error:
         raise UserError(f"cannot make {env_id}: {error}") from error
@@ -870,8 +870,7 @@ def over_seeds(function: Callable, num_seeds: int, **options: Any) -> Callable:
 def make_run_dir(config: Config) -> Path:
     """Create runs/<env_id>__<script>__<seed>__<time>, with the hyperparameters in it."""
     # All processes use the name that the first one gives; its process id makes it unique.
-    unique = np.array([time.time(), os.getpid()]).astype(np.uint32)
-    now, pid = multihost.broadcast_one_to_all(unique)
+    now, pid = multihost.broadcast_one_to_all(np.uint32([time.time(), os.getpid()]))
     date = time.strftime("%Y%m%d-%H%M%S", time.gmtime(int(now)))
     name = f"{config.env_id}__{SCRIPT}__{config.seed}__{date}-{pid}"
     run_dir = Path("runs") / re.sub(r"[^-.\w]", "_", name)
@@ -907,8 +906,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Environment, State, int]:
     return config, env, state, updates_done
 
 
-def open_metrics(run_dir: Path, num_rows: int):
-    """Open metrics.csv to append to its first `num_rows` rows. Later rows belong to updates after
+def open_metrics(run_dir: Path, num_lines: int):
+    """Open metrics.csv to append to its first `num_lines` lines. Later ones belong to updates after
     the last checkpoint, which training repeats. Only the first process writes the file."""
     if jax.process_index() > 0:
         return tempfile.TemporaryFile("w")
@@ -921,7 +920,7 @@ def open_metrics(run_dir: Path, num_rows: int):
         except BlockingIOError as error:
             raise UserError(f"another process is training {run_dir}") from error
     file.seek(0)
-    for _ in range(1 + num_rows if num_rows else 0):
+    for _ in range(num_lines):
         file.readline()
     file.truncate(file.tell())
     return file
@@ -932,10 +931,12 @@ def append_metrics(file, config: Config, updates_done: int, metrics: dict[str, n
     writer = csv.writer(file, lineterminator="\n")
     if updates_done == 0:
         writer.writerow(["seed", "update", "env_step", *metrics])
-    for i, j in np.ndindex(metrics["episodic_return"].T.shape):
-        update = updates_done + i + 1
-        values = [f"{x[j, i]:.7g}" for x in metrics.values()]
-        writer.writerow([config.seed + j, update, update * config.batch_size, *values])
+    num_seeds, num_updates = metrics["episodic_return"].shape
+    for i in range(num_updates):
+        for j in range(num_seeds):
+            update = updates_done + i + 1
+            values = [f"{x[j, i]:.7g}" for x in metrics.values()]
+            writer.writerow([config.seed + j, update, update * config.batch_size, *values])
     file.flush()
     os.fsync(file.fileno())  # on the disk before a checkpoint counts on it
 
@@ -949,10 +950,11 @@ def train_and_save(run_dir: Path) -> State:
     segment = partial(jax.lax.scan, update, xs=None, length=length)
     train_segment = over_seeds(segment, config.num_seeds, donate_argnums=0)
     steps = config.num_seeds * config.batch_size  # per update
+    num_lines = 1 + updates_done * config.num_seeds if updates_done else 0
     diverged = np.zeros(config.num_seeds, bool)
     show = dict(unit="step", unit_scale=True, disable=jax.process_index() > 0)
     with (
-        open_metrics(run_dir, updates_done * config.num_seeds) as file,
+        open_metrics(run_dir, num_lines) as file,
         open_checkpoints(run_dir) as checkpoints,
         tqdm(total=config.num_updates * steps, initial=updates_done * steps, **show) as bar,
     ):
@@ -1015,7 +1017,7 @@ def run(flags: Flags) -> None:
 
     def play(state):
         finite = jnp.all(jnp.array([jnp.isfinite(x).all() for x in jax.tree.leaves(state.params)]))
-        key = jax.random.fold_in(state.key, 4)  # an update would use the keys 0 to 3
+        _, key = jax.random.split(state.key)
         return *evaluate(config, state, key, EVALUATION_EPISODES, env), finite
 
     results = over_seeds(play, config.num_seeds)(state)
