@@ -34,7 +34,7 @@ actor in this update once a minibatch shows a KL divergence from π_old above `t
     L_CLIP(θ) = E[ min( ρ_t Â_t, clip(ρ_t, 1-ε, 1+ε) Â_t ) ]                            (eq. 7)
     maximise    L_CLIP - c_1 ½ E[(V_θ(s_t) - V_target)²] + c_2 E[S[π_θ](s_t)]            (eq. 9)
     Â_t       = δ_t + γλ δ_{t+1} + (γλ)² δ_{t+2} + ..., to the end of the episode       (eq. 11)
-    δ_t       = r_t + γ V(s_{t+1}) - V(s_t),    V_target = Â_t + V(s_t)                 (eq. 12)
+    V_target  = Â_t + V(s_t),    δ_t = r_t + γ V(s_{t+1}) - V(s_t)                      (eq. 12)
 
     s_t obs          s_{t+1} next_obs     a_t action       r_t reward       π_θ policy
     ρ_t ratio        Â_t advantage        V value          V_target target  S entropy
@@ -538,8 +538,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
 def random_orders(key, number, size):
     """`number` random orders of 0 ... size-1, as [number, size].
 
-    On a CPU `jax.random.permutation` takes a fifth of the training time, because it sorts pairs of
-    a random word and an index. It is faster to put the index into the lowest bits of the word.
+    On two CPU cores `jax.random.permutation` takes a fifth of the training time, because it sorts
+    pairs of a random word and an index. Here the index is stored in the lowest bits of the word.
     """
     words = jax.random.bits(key, (number, size), jnp.uint32)
     if size > 2**15:  # the index would leave too few random bits

@@ -546,9 +546,7 @@ def make_train(config, env=None):
             ratio = jnp.exp(policy.log_prob(action) - old_log_prob)
             return jnp.mean(ratio * advantage) + config.ent_coef * policy.entropy().mean()
 
-        old_objective, gradient = jax.value_and_grad(lambda theta: objective(policy_at(theta)))(
-            theta
-        )
+        old_objective, gradient = jax.value_and_grad(lambda x: objective(policy_at(x)))(theta)
         product = fisher_vector_product(partial(policy_at, stride=config.fisher_stride), theta)
         settings = config.max_kl, config.cg_damping, config.cg_iterations
         step, cg_error = trust_region_step(product, gradient, *settings)
@@ -687,8 +685,8 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
 def random_orders(key, number, size):
     """`number` random orders of 0 ... size-1, as [number, size].
 
-    On a CPU `jax.random.permutation` takes a fifth of the training time, because it sorts pairs of
-    a random word and an index. It is faster to put the index into the lowest bits of the word.
+    On two CPU cores `jax.random.permutation` takes a fifth of the training time, because it sorts
+    pairs of a random word and an index. Here the index is stored in the lowest bits of the word.
     """
     words = jax.random.bits(key, (number, size), jnp.uint32)
     if size > 2**15:  # the index would leave too few random bits
