@@ -834,8 +834,7 @@ def load_env(env_id: str) -> Environment:
     except (ImportError, LookupError) as error:
         raise UserError(f"cannot make {env_id}: {error}") from error
     if not hasattr(env.action_space, "n") and not hasattr(env.action_space, "high"):
-        other = "for several discrete actions there is tests/edits/multi_discrete.patch"
-        raise UserError(f"the action space of {env_id} is not Discrete and not a Box; {other}")
+        raise UserError(f"{env_id} has no Discrete or Box actions: see edits/multi_discrete.patch")
     return env
 
 
