@@ -223,7 +223,7 @@ class Actor(nn.Module):
     action_space: Any
     hidden_sizes: tuple[int, ...]
     activation: str
-    initial_std: float
+    initial_std: float = 1.0
 
     @nn.compact
     def __call__(self, obs):

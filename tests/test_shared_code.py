@@ -30,7 +30,7 @@ OWN_LINES = {
         *("env_id", "num_steps", "learning_rate", "update_epochs"),
         *("clip_", "target_kl", "beta", "adaptive_beta", "early_stop_kl", "max_kl", "cg_"),
         *("fisher_stride", "line_search_", "ent_coef", "vf_coef", "max_grad_norm"),
-        *("gae_lambda", "normalize_obs", "activation", "initial_std"),
+        *("normalize_obs", "activation", "initial_std"),
     ],
     "Config.__post_init__": ["counts +="],
     "Flags": ['"""Train'],
