@@ -520,7 +520,7 @@ def make_train(config, env=None):
             "advantage": advantage,
             "target": target,
         }
-        batch = jax.tree.map(lambda x: x.reshape(config.batch_size, *x.shape[2:]), batch)
+        batch = jax.tree.map(lambda x: jax.lax.collapse(x, 0, 2), batch)  # [T, N, ...] -> [B, ...]
         orders = random_orders(shuffle_key, config.update_epochs, config.batch_size)
         minibatch_indices = orders.reshape(grad_steps, -1)
 
@@ -895,7 +895,7 @@ def train_and_save(run_dir: Path) -> State:
             checkpoints.save(updates_done, args=ocp.args.StandardSave(state), force=is_last)
             bar.update(length * steps)
             bar.set_postfix(episodic_return=np.ma.masked_invalid(metrics["episodic_return"]).mean())
-            for i in np.flatnonzero(np.isnan(metrics["value_loss"][:, -1]) & ~diverged):
+            for i in np.flatnonzero(np.isnan(metrics["entropy"][:, -1]) & ~diverged):
                 bar.write(f"seed {config.seed + i} diverged: its weights are no longer finite")
                 diverged[i] = True
     return state

@@ -1,6 +1,10 @@
-"""What people copy a script for: each patch in tests/edits applies, and does its work."""
+"""The patches of tests/edits for ppo_discrete.py: each applies and does what it says."""
 
+import difflib
 import itertools
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -8,72 +12,94 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, as_shipped
+from conftest import ROOT
 
 import ppo_discrete
 
 EDITS = ROOT / "tests" / "edits"
-BELOW = {"grpo": ["rlhf"], "dpo": ["rlhf"]}  # patches to what another one made
+APPLIED_BEFORE = {"grpo": ["rlhf"], "dpo": ["rlhf"]}
 
 
 @pytest.fixture(autouse=True)
 def environments(monkeypatch):
-    """`module:name` finds the modules beside the patches."""
+    """Let `module:name` find the modules beside the patches."""
     monkeypatch.syspath_prepend(EDITS)
 
 
-def learn(script, keys, env_id, num_seeds=3, jit=jax.jit, **fields):
+def learn(script, keys, env_id, **fields):
     """Train, then play 100 greedy episodes: the mean return [num_seeds], and the metrics."""
     config = replace(script.default_config(env_id), **fields)
+    env = script.load_env(env_id)
 
     def run(key):
-        state, metrics = script.train(config, key)
-        returns, _ = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 100)
+        state, metrics = script.train(config, key, env)
+        returns, _ = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 100, env)
         return returns.mean(), metrics
 
-    return jax.device_get(jit(jax.vmap(run))(keys(num_seeds)))
+    return jax.device_get(jax.jit(jax.vmap(run))(keys(3)))
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in EDITS.glob("*.patch")))
-def test_the_patch_applies_and_begins_with_three_lines_about_itself(patched, name):
-    patched(*BELOW.get(name, []), name)  # fails with the name of the patch
+def test_the_patch_applies_and_describes_itself(patched, name):
+    script = patched(*APPLIED_BEFORE.get(name, []), name).__file__
+    for command in (["check"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *command, "--config", ROOT / ".ruff.toml", script]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
     *about, rest = (EDITS / f"{name}.patch").read_text().split("\n", 3)
     assert [line.split(":")[0] for line in about] == ["# What", "# Why", "# Source"]
     assert rest.startswith("--- a/")
 
 
-# ---- target_kl ----
+# ---- refresh.py ----
 
 
-def test_target_kl_ends_the_epochs_of_each_seed_by_itself(patched, keys):
-    script = patched("target_kl")
-    config = dict(num_envs=8, num_steps=32, num_minibatches=1, hidden_sizes=(16,))
-    config |= dict(total_timesteps=4 * 8 * 32, learning_rate=1e-2)
+def test_refresh_merges_an_edit_into_a_changed_script(tmp_path):
+    """A script of 20 lines. One patch changes line 10, another one after it changes line 15."""
 
-    def plain(epochs):
-        fields = ppo_discrete.Config(**config, update_epochs=epochs)
-        return jax.device_get(jax.jit(jax.vmap(partial(ppo_discrete.train, fields)))(keys(12)))
+    def write_patch(name, about, before, after):
+        diff = difflib.unified_diff(before, after, "a/script.py", "b/script.py")
+        (folder / f"{name}.patch").write_text(f"# {about}\n" + "".join(diff))
 
-    @jax.jit
-    @partial(jax.vmap, in_axes=(0, None))
-    @partial(jax.vmap, in_axes=(None, 0))
-    def run(bound, key):
-        fields = dict(update_epochs=3, target_kl=bound)
-        return script.train(script.Config(**config, **fields), key)
+    def git(*command):
+        identity = ["-c", "user.name=Test", "-c", "user.email=test@example.org"]
+        return subprocess.run(["git", *identity, *command], cwd=tmp_path, capture_output=True)
 
-    (three, _), (two, metrics) = plain(3), plain(2)
-    kl = 2 * metrics["approx_kl"][:, 0]  # after an epoch; it is the mean of this and of 0 before
-    bounds = np.array([1e9, 1e-6, np.median(kl)])
-    state, metrics = jax.device_get(run(bounds, keys(12)))
-    epochs = metrics["epochs"]  # [3 bounds, 12 seeds, 4 updates]
-    # No KL is too large: as without a bound. All are: an epoch to move, one to find it too far.
-    for row, expected, number in ((0, three, 3), (1, two, 2)):
-        np.testing.assert_array_equal(epochs[row], number)
-        given = jax.tree.map(lambda x, row=row: x[row], state.params)
-        near = partial(np.testing.assert_allclose, rtol=0.01, atol=0.003)
-        jax.tree.map(near, given, expected.params)
-    # With a bound between them each seed decides by its KL.
-    np.testing.assert_array_equal(epochs[2, :, 0], np.where(kl > bounds[2], 2, 3))
+    def refresh():
+        command = [sys.executable, folder / "refresh.py"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def replaced(lines, number, text):
+        return [*lines[: number - 1], f"{text}\n", *lines[number:]]
+
+    folder, script = tmp_path / "tests" / "edits", tmp_path / "script.py"
+    folder.mkdir(parents=True)
+    shutil.copy(EDITS / "refresh.py", folder)
+    lines = [f"line = {number}\n" for number in range(1, 21)]
+    ten = replaced(lines, 10, "ten")
+    write_patch("first", "What: line 10", lines, ten)
+    write_patch("second", "What: line 15, after first.patch", ten, replaced(ten, 15, "fifteen"))
+    script.write_text("".join(lines))
+    git("init")
+    git("add", ".")
+    assert git("commit", "-m", "Both patches apply").returncode == 0
+
+    # Changes of the lines around the edits: the patches no longer apply, but there is no conflict.
+    lines = ["new = 1\n", *replaced(replaced(lines, 8, "eight"), 17, "seventeen")]
+    script.write_text("".join(lines))
+    assert git("apply", "--check", "tests/edits/first.patch").returncode != 0
+    assert refresh() == "first: done\nsecond: done\n"
+    assert (folder / "first.patch").read_text().startswith("# What: line 10\n--- a/script.py\n")
+    assert git("apply", "tests/edits/first.patch", "tests/edits/second.patch").returncode == 0
+    edited = replaced(replaced(lines, 11, "ten"), 16, "fifteen")
+    assert script.read_text() == "".join(edited)
+
+    # A change of the same line as the first patch.
+    script.write_text("".join(replaced(lines, 11, "other")))
+    kept = (folder / "first.patch").read_text()
+    git("commit", "-am", "A conflict")
+    assert refresh() == "first: remake it by hand\nsecond: remake it by hand\n"
+    assert (folder / "first.patch").read_text() == kept
 
 
 # ---- cnn ----
@@ -81,16 +107,16 @@ def test_target_kl_ends_the_epochs_of_each_seed_by_itself(patched, keys):
 
 def test_cnn_sees_the_pictures_of_minatar(patched, keys):
     script = patched("cnn")
-    config = replace(script.default_config("Breakout-MinAtar"), num_envs=6)
+    config = replace(script.default_config("Breakout-MinAtar"), num_envs=6, num_minibatches=4)
     init, update = script.make_train(config)
-    state, metrics = jax.jit(lambda key: update(init(key), None))(keys(1)[0])
+    state, metrics = jax.jit(lambda key: update(init(key)))(keys(1)[0])
     assert np.isfinite(metrics["policy_loss"]) and state.obs.shape == (6, 10, 10, 4)
     kernels = jax.tree.map(jnp.shape, state.params["actor"]["params"])
     assert kernels["Dense_0"]["kernel"] == (3 * 3 * 4, 16)
     assert kernels["Dense_1"]["kernel"] == (8 * 8 * 16, 64)
 
 
-def test_the_convolution_is_that_of_xla(patched, keys):
+def test_the_convolution_equals_that_of_xla(patched, keys):
     script = patched("cnn")
 
     class Convolution(script.nn.Module):
@@ -113,13 +139,13 @@ def test_the_convolution_is_that_of_xla(patched, keys):
 # ---- shared_trunk ----
 
 
-def test_shared_trunk_learns_what_vf_coef_lets_it(patched, keys):
-    """Without scaled rewards CartPole's value loss is in the thousands, the policy's below one."""
+def test_shared_trunk_needs_a_small_vf_coef_for_unscaled_rewards(patched, keys):
+    """Without scaled rewards, the value loss of CartPole is a thousand times the policy loss."""
 
     def returns(script, vf_coef):
-        config = script.Config(total_timesteps=40_960, normalize_reward=False, kl_threshold=0.02)
+        config = script.Config(total_timesteps=40_960, normalize_reward=False)
 
-        @as_shipped
+        @jax.jit
         @partial(jax.vmap, in_axes=(0, None))
         @partial(jax.vmap, in_axes=(None, 0))
         def run(vf_coef, key):
@@ -147,7 +173,7 @@ def test_an_impossible_action_has_probability_zero(patched, keys):
     params = jax.tree.map(lambda x: 30 * jax.random.normal(keys(3)[2], x.shape), params)
     policy = actor.apply(params, obs, mask)
 
-    # The softmax of the possible ones alone, in double precision.
+    # The softmax over the possible actions alone, in double precision.
     free = np.float64(actor.apply(params, obs, jnp.ones_like(mask)).logits)
     weights = np.where(mask, np.exp(free - np.where(mask, free, -1e9).max(-1)[:, None]), 0)
     expected = weights / weights.sum(-1)[:, None]
@@ -168,16 +194,16 @@ def test_an_impossible_action_has_probability_zero(patched, keys):
     assert all(np.isfinite(x).all() for x in gradient) and any(x.any() for x in gradient)
 
 
-def test_action_mask_takes_the_best_of_the_possible_actions(patched, keys):
+def test_action_mask_finds_the_best_of_the_possible_actions(patched, keys):
     env_id = "masked_environment:Masked-test"
-    fields = dict(total_timesteps=16_384, jit=as_shipped)
-    returns, metrics = learn(patched("action_mask"), keys, env_id, **fields)
-    # Ten steps, each of which pays the largest number possible: the expectation is Σ P(one >= n).
+    returns, metrics = learn(patched("action_mask"), keys, env_id, total_timesteps=32_768)
+    # Each of ten steps pays the largest possible number, whose expectation is Σ P(number >= n).
     best = 10 * sum(1 - n / 6 * 0.6 ** (6 - n) for n in range(1, 6))
-    np.testing.assert_allclose(returns, best, atol=1.5)  # four deviations
-    assert (metrics["episodic_length"] == 10).all()  # no impossible one in all of training
-    # What is possible is not to be seen: the plain script ends its episodes soon.
-    returns, metrics = learn(ppo_discrete, keys, env_id, **fields)
+    np.testing.assert_allclose(returns, best, atol=1.5)  # four standard deviations
+    # No episode ended early, so the agent never chose an impossible action.
+    assert (metrics["episodic_length"] == 10).all()
+    # The observation does not show the mask, so the plain script ends its episodes early.
+    returns, metrics = learn(ppo_discrete, keys, env_id, total_timesteps=16_384)
     assert (returns < -50).all() and (metrics["episodic_length"][:, -1] < 9).all()
 
 
@@ -186,7 +212,7 @@ def test_action_mask_takes_the_best_of_the_possible_actions(patched, keys):
 
 def test_multi_discrete_is_the_product_of_its_choices(patched, keys):
     script = patched("multi_discrete")
-    space = script.make_env("two_dials_environment:TwoDials-test").action_space
+    space = script.load_env("two_dials_environment:TwoDials-test").action_space
     actor = script.Actor(space, (8,), "tanh")
     obs = jax.random.normal(keys(1)[0], (7, 8))
     params = actor.init(keys(2)[1], obs)
@@ -206,29 +232,30 @@ def test_multi_discrete_is_the_product_of_its_choices(patched, keys):
 
 def test_multi_discrete_turns_both_dials(patched, keys):
     env_id = "two_dials_environment:TwoDials-test"
-    script = patched("multi_discrete")
-    returns, _ = learn(script, keys, env_id, total_timesteps=20_480, jit=as_shipped)
+    returns, _ = learn(patched("multi_discrete"), keys, env_id, total_timesteps=20_480)
     assert (returns == 1).all(), returns
-    with pytest.raises(ppo_discrete.Failure, match="no discrete actions"):
-        ppo_discrete.make_env(env_id)
+    with pytest.raises(ppo_discrete.UserError, match=r"multi_discrete\.patch"):
+        ppo_discrete.load_env(env_id)
 
 
 # ---- recurrent ----
 
 
-def test_recurrent_replays_what_the_rollout_did(patched, keys):
-    """Episodes of six steps in rollouts of ten: memories end within a rollout, and outlast it."""
+def test_recurrent_replays_the_rollout(patched, keys):
+    """Episodes of six steps in rollouts of ten: some memories end within a rollout, some do not."""
     script = patched("recurrent")
     fields = dict(num_envs=4, num_steps=10, num_minibatches=1, hidden_sizes=(16,))
     config = script.Config(env_id="MemoryChain-bsuite", total_timesteps=40 * 8, **fields)
     config = replace(config, update_epochs=1, learning_rate=1e-2)
     _, metrics = jax.jit(partial(script.train, config))(keys(1)[0])
-    np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-9)  # π is π_old in the first step
+    # Before the first gradient step of an update, π is π_old.
+    np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-9)
 
 
 def test_recurrent_remembers_where_the_plain_script_can_only_guess(patched, keys):
-    fields = dict(env_id="MemoryChain-bsuite", total_timesteps=40_960, jit=as_shipped)
+    fields = dict(env_id="MemoryChain-bsuite", total_timesteps=20_480)
+    fields |= dict(num_steps=64, update_epochs=4, num_minibatches=2, hidden_sizes=(32,))
     returns, _ = learn(patched("recurrent"), keys, **fields)
     assert (returns > 0.9).all(), returns
-    returns, _ = learn(ppo_discrete, keys, **fields)  # a hundred times 1 or -1
+    returns, _ = learn(ppo_discrete, keys, **fields)  # the mean of a hundred times 1 or -1
     assert (abs(returns) < 0.4).all(), returns

@@ -1,5 +1,6 @@
-"""Edits of ppo_continuous.py: actions squashed by tanh, and one run on several devices."""
+"""The patches of tests/edits for ppo_continuous.py: squashed actions, one run on many devices."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import USERS_FLAGS, as_shipped
 from gymnax.environments import spaces
 
 import ppo_continuous
@@ -16,18 +16,18 @@ import ppo_continuous
 # ---- squashed_gaussian ----
 
 
-def test_the_density_and_the_entropy_are_those_of_the_squashed_action(patched):
+def test_density_and_entropy_belong_to_the_squashed_action(patched):
     script = patched("squashed_gaussian")
     mean, log_std = jnp.array([0.7, -1.2]), jnp.array([0.3, -0.5])
-    policy = script.SquashedGaussian(mean[:, None], log_std[:, None])  # of one dimension, twice
-    action = np.linspace(-1, 1, 400_001)[1:-1]  # a grid of the interval, its ends left out
+    policy = script.SquashedGaussian(mean[:, None], log_std[:, None])  # two of one dimension
+    action = np.linspace(-1, 1, 400_001)[1:-1]  # a grid without its ends
     u = np.arctanh(action)
     log_density = np.float64(jax.vmap(policy.log_prob, 1, 1)(jnp.tile(u, (2, 1))[..., None]))
     density = np.exp(log_density)
     np.testing.assert_allclose(np.trapezoid(density, action), 1, atol=2e-3)
     entropy = -np.trapezoid(density * log_density, action)
     np.testing.assert_allclose(policy.entropy(), entropy, atol=2e-3)
-    # Where tanh rounds to 1 the density of u = 20 is still finite: log N(u) - log 4 exp(-2u).
+    # tanh(20) rounds to 1, but the log-density is still finite: log N(u) - log(4 exp(-2u)).
     one = script.SquashedGaussian(jnp.zeros(1), jnp.zeros(1)).log_prob(jnp.array([20.0]))
     assert one == pytest.approx(-200 - 0.5 * np.log(2 * np.pi) - np.log(4) + 40, rel=1e-6)
 
@@ -38,23 +38,19 @@ def test_squashed_actions_are_within_the_bounds(patched):
     np.testing.assert_allclose(action[:, 0], [-2, 2, 4, 6], atol=1e-6)  # tanh 0.549 = 1/2
 
 
-def pendulum(script, keys, seeds, **fields):
-    """The return of greedy episodes after training, and the share of torques at a bound."""
-    config = replace(script.default_config("Pendulum-v1"), **fields)
-    env = script.make_env("Pendulum-v1")
+def test_squashed_actions_swing_the_pendulum_up(patched, keys):
+    script = patched("squashed_gaussian")
+    config = replace(script.default_config("Pendulum-v1"), total_timesteps=100_000)
+    env = script.load_env("Pendulum-v1")
 
     def run(key):
         state, metrics = script.train(config, key, env)
-        score = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 100, env)[0].mean()
-        return score, metrics["entropy"]
+        returns, _ = script.evaluate(config, state, jax.random.fold_in(key, 2**31), 100, env)
+        return returns.mean(), metrics["entropy"]
 
-    return jax.device_get(as_shipped(jax.vmap(run))(keys(seeds)))
-
-
-def test_squashed_actions_swing_the_pendulum_up(patched, keys):
-    score, entropy = pendulum(patched("squashed_gaussian"), keys, 3, total_timesteps=100_000)
-    assert np.median(score) > -250, score
-    # No action on (-1, 1) has a larger entropy than the uniform one; a Gaussian's starts at 1.42.
+    returns, entropy = jax.device_get(jax.jit(jax.vmap(run))(keys(3)))
+    assert np.median(returns) > -250, returns
+    # On (-1, 1) the uniform distribution has the largest entropy. A Gaussian starts at 1.42.
     assert (entropy < np.log(2)).all()
 
 
@@ -62,7 +58,7 @@ def test_squashed_actions_swing_the_pendulum_up(patched, keys):
 
 
 def over_shares(function):
-    """The axes that the patched script averages over, on one device."""
+    """Map a function over the shares of one device, along the axes that the script averages."""
     shares = jax.vmap(function, axis_name="share")
     return lambda *x: jax.tree.map(
         lambda y: y[0], jax.vmap(shares, axis_name="seed")(*jax.tree.map(lambda y: y[None], x))
@@ -71,7 +67,7 @@ def over_shares(function):
 
 def test_statistics_and_advantages_are_those_of_all_shares(patched):
     script = patched("data_parallel")
-    # Means that differ between the shares: the mean of the four variances would be far too small.
+    # The means of the shares differ, so the mean of their variances would be far too small.
     x = jax.random.normal(jax.random.key(0), (4, 5, 6, 2)) + jnp.arange(4.0)[:, None, None, None]
     together = x.swapaxes(0, 1).reshape(5, 24, 2)  # [T, all environments, D]
     stats = ppo_continuous.RunningStats(jnp.ones(2), 3 * jnp.ones(2), jnp.float32(7))
@@ -90,7 +86,6 @@ SHARES = """
 import importlib.util, sys
 from dataclasses import replace
 import jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 def load(name, path):
     spec = importlib.util.spec_from_file_location(name, path)
@@ -99,29 +94,31 @@ def load(name, path):
     return module
 
 script = load("data_parallel", sys.argv[1])
-config = replace(script.default_config(), num_envs=4, num_steps=32, num_minibatches=4)
-config = replace(config, num_seeds=4, total_timesteps=3 * config.batch_size)
+config = replace(script.default_config("Pendulum-v1"), num_envs=4, num_steps=32)
+config = replace(config, num_minibatches=4, num_seeds=4, target_kl=0.003)
+config = replace(config, total_timesteps=3 * config.batch_size)
 train = lambda seed: script.train(config, jax.random.key(seed))
-state, metrics = script.over_seeds(train)(np.arange(4))
+state, metrics = script.over_seeds(train, 4)(np.arange(4))
 assert len(state.obs.sharding.device_set) == jax.device_count() == 4
-first = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-script.seed_axis = lambda: NamedSharding(first, PartitionSpec("seed"))
-alone, alone_metrics = script.over_seeds(train)(np.arange(4))
+script.largest_divisor = lambda number, limit: 1  # of the devices, use one
+alone, alone_metrics = script.over_seeds(train, 4)(np.arange(4))
 assert len(alone.obs.sharding.device_set) == 1
 close = lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-4)
 numbers = lambda state: jax.device_get(state._replace(key=jax.random.key_data(state.key)))
 jax.tree.map(close, numbers(state), numbers(alone))
-# All shares have the same weights and statistics, to the bit, and each its own environments.
+# All shares stop at the same minibatch, and have the same weights and statistics bit for bit.
+# Each share has its own environments.
+assert 0 < metrics["stopped"].mean() < 1
 same = lambda x: (np.asarray(x) == np.asarray(x)[:1]).all()
-assert jax.tree.all(jax.tree.map(same, (state.params, state.obs_stats, state.return_stats)))
+assert jax.tree.all(jax.tree.map(same, (state.params, state.obs_stats, state.reward_stats)))
 assert not same(state.obs)
 """
 
 
 def test_four_devices_do_what_one_does(patched, environment):
-    """Shares have keys of their own, on whatever device they are: they act the same."""
+    """The keys of a share do not depend on its device, so neither do its actions."""
     path = patched("data_parallel").__file__
-    flags = f"{USERS_FLAGS} --xla_force_host_platform_device_count=4"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     command = [sys.executable, "-c", SHARES, path]
     done = subprocess.run(
         command, env=environment | {"XLA_FLAGS": flags}, capture_output=True, text=True, timeout=200

@@ -1,7 +1,8 @@
-"""Masked-test: six actions, of which those that are possible change in every step.
+"""Masked-test: six actions. Each step draws which of them are possible.
 
-A possible action pays its number, an impossible one ends the episode with -100. The agent sees a
-constant: only the mask tells what is possible. The best is the largest possible action.
+The reward of a possible action is its number. An impossible action ends the episode with a reward
+of -100. The observation is constant, so only the mask shows which actions are possible. The optimal
+action is the largest possible one.
 """
 
 import gymnax
@@ -22,7 +23,8 @@ class Masked(environment.Environment):
     def draw(self, key):
         some_key, one_key = jax.random.split(key)
         some = jax.random.bernoulli(some_key, 0.4, (ACTIONS,))
-        return some.at[jax.random.randint(one_key, (), 0, ACTIONS)].set(True)  # never none
+        one = jax.random.randint(one_key, (), 0, ACTIONS)
+        return some.at[one].set(True)  # so that at least one action is possible
 
     def action_mask(self, state, params):
         return state.possible

@@ -1,4 +1,4 @@
-"""CartPolePositions-test: CartPole-v1 without the velocities, which have to be remembered."""
+"""CartPolePositions-test: CartPole-v1 without velocities, so the policy needs a memory."""
 
 import gymnax
 from gymnax.environments import spaces

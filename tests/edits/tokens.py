@@ -1,12 +1,13 @@
 """RLHF in miniature: a language of eight tokens, a reward model, and what is really wanted.
 
-A prompt of one token is completed by eight tokens, one per step. Human text goes up in steps of
-one to three, around the circle 0 ... 7; any other pair is a slip, which humans make in two tokens
-of a hundred. Token 0 says thanks. People like to be thanked, in proper text. The reward model has
-learned the first half of that: it counts the thanks. On human text, which thanks three times at
-most, both agree. Off it the reward model has a loophole: "0 0 0 0 0 0 0 0" scores 8.
+The policy completes a prompt of one token by eight tokens, one per step. In proper text, each token
+is one to three larger than the last one, modulo 8. Any other pair of tokens is a slip. Humans draw
+2 % of their tokens at random, and five in eight of these are slips. Token 0 means thanks. People
+like thanks, but only in proper text. The reward model just counts the thanks. On proper text, which
+has at most three thanks, the reward model is right. Elsewhere it has a loophole: it gives
+"0 0 0 0 0 0 0 0" a reward of 8.
 
-`--env-id tokens:any` imports this as an environment; `make("any")` gives it to `train`.
+On the command line, the environment is `--env-id tokens:any`. In a program, `make("any")` makes it.
 """
 
 from typing import Any, NamedTuple
@@ -16,13 +17,13 @@ import jax.numpy as jnp
 from gymnax.environments import spaces
 
 VOCABULARY, LENGTH, THANKS = 8, 8, 0
-SLIPS = 0.02  # of human tokens, drawn from the whole vocabulary
+SLIPS = 0.02  # fraction of the human tokens that are drawn from the whole vocabulary
 
 _up = (jnp.arange(VOCABULARY) - jnp.arange(VOCABULARY)[:, None]) % VOCABULARY
 PROPER = (1 <= _up) & (_up <= 3)  # [last token, next token]
 HUMAN = (1 - SLIPS) * jnp.array([0, 0.5, 0.3, 0.2, 0, 0, 0, 0])[_up] + SLIPS / VOCABULARY
 
-# A text [..., LENGTH + 1] has the newest token first and -1 where nothing is written yet.
+# A text [..., LENGTH + 1] has the newest token first. Places that are not written yet hold -1.
 
 
 def write(text, token):
@@ -31,7 +32,7 @@ def write(text, token):
 
 
 def observe(text):
-    """The tokens so far as one-hot vectors; how many there are is the position: [..., D]."""
+    """The tokens so far as one-hot vectors, and zeros for the rest: [..., D]."""
     return jax.nn.one_hot(text, VOCABULARY).reshape(*text.shape[:-1], -1)
 
 
@@ -41,19 +42,22 @@ def proxy_reward(text):
 
 
 def true_reward(text):
-    """What is wanted: the number of thanks in proper pairs, less the number of slips, [...]."""
+    """What people like: the number of thanks in proper pairs minus the number of slips, [...]."""
     token, last = text[..., :-1], text[..., 1:]
     return jnp.sum(jnp.where(PROPER[last, token], token == THANKS, -1.0), axis=-1)
 
 
 def human(obs):
-    """The demonstrator as a policy: logits [..., VOCABULARY], of the last token alone."""
+    """The human policy: logits [..., VOCABULARY], which only depend on the last token."""
     return obs[..., :VOCABULARY] @ jnp.log(HUMAN)
 
 
 def complete(policy, key, prompt):
-    """Complete prompts [N] with policy(obs) -> logits: texts [N, LENGTH + 1], and what was seen
-    and written at each position, obs [LENGTH, N, D] and token [LENGTH, N]."""
+    """Complete prompts [N] with policy(obs) -> logits.
+
+    Returns the texts [N, LENGTH + 1], and for each position the observation [LENGTH, N, D] and the
+    token that the policy wrote [LENGTH, N].
+    """
 
     def step(text, key):
         token = jax.random.categorical(key, policy(observe(text)))
@@ -76,9 +80,12 @@ def demonstrate(key, number=32):
 
 
 def prefer(key, number=64):
-    """Pairs of human completions of a prompt, the preferred one first: obs [2, LENGTH, number, D]
-    and token [2, LENGTH, number]. The reward model prefers, after Bradley and Terry: the first with
-    the probability 1 / (1 + exp(R_2 - R_1))."""
+    """Pairs of human completions of the same prompt, with the preferred one first.
+
+    Returns obs [2, LENGTH, number, D] and token [2, LENGTH, number]. Preferences follow Bradley and
+    Terry: text 1 is preferred with probability 1 / (1 + exp(R_2 - R_1)), where the reward model
+    gives R_1 and R_2.
+    """
     prompt_key, text_key, choice_key = jax.random.split(key, 3)
     prompt = jnp.tile(draw_prompts(prompt_key, number), 2)
     text, obs, token = complete(human, text_key, prompt)
@@ -103,7 +110,7 @@ class Tokens(NamedTuple):
 
 
 def make(name):
-    """N completions at once. The key of a reset draws the prompt, and nothing else is random."""
+    """N completions side by side. Only the prompt is random."""
 
     def reset(keys):
         prompt = jax.vmap(lambda key: draw_prompts(key, 1)[0])(keys)
@@ -112,9 +119,9 @@ def make(name):
 
     def step(keys, text, token):
         text = write(text, token)
-        done = text[:, -1] >= 0  # the prompt has come to the end: the text is complete
+        done = text[:, -1] >= 0  # the text is complete when the prompt has moved to its end
         reward = jnp.where(done, proxy_reward(text), 0.0)
         start = jnp.where(done[:, None], reset(keys)[1], text)
-        return start, observe(text), observe(start), reward, done, jnp.zeros_like(done)
+        return observe(start), start, reward, done, jnp.zeros_like(done), observe(text)
 
     return Tokens(reset, step, spaces.Discrete(VOCABULARY), demonstrate, prefer)

@@ -1,6 +1,6 @@
-"""TwoDials-test: turn two dials, of three and of five positions, to what is seen.
+"""TwoDials-test: set two dials, with three and with five positions, to what the observation shows.
 
-An episode is one turn. Only both right at once pays, 1.
+An episode has one step. The reward is 1 if both dials are right, and 0 otherwise.
 """
 
 import gymnax
