@@ -1,74 +1,72 @@
-"""PureJaxRL (github.com/luchris429/purejaxrl), as it was written for gymnax 0.x, run on gymnax 1.0.
+"""Run PureJaxRL (github.com/luchris429/purejaxrl), which was written for gymnax 0.x, on gymnax 1.0.
 
-Nothing in the checkout is changed; when it is loaded, in memory:
-- distrax, if it is not installed, is what stands below: two distributions with three methods;
+    python benchmarks/purejaxrl.py PATH     # its default training of 8 seeds, timed in phases
+
+Nothing in the checkout is changed. When its scripts are loaded into memory:
+- classes below replace distrax, if it is not installed;
 - the environment is gymnax's behind gymnax's own `LegacyStepAPIWrapper`, without the entries of
-  `info` that gymnax 1.0 has added, which `train` would return for every step. For continuous
-  actions it takes the place of Brax's, without Brax;
-- on the CPU `network.init` is wrapped in `sequential_vmap`: its initialisers are QR decompositions,
-  which with many seeds side by side can wait for each other for ever (jax 0.10, few cores).
+  `info` that are new in gymnax 1.0. For continuous actions it replaces Brax's;
+- on the CPU, `network.init` is wrapped in `sequential_vmap`, because with many seeds its QR
+  decompositions can deadlock (jax 0.10, few cores).
 """
 
 import contextlib
-import functools
-import importlib.util
 import sys
+import time
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import gymnax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import load_module as load
 from gymnax.wrappers.compat import LegacyStepAPIWrapper
 from jax.custom_batching import sequential_vmap
 
-# What our configuration needs to be the same algorithm: PureJaxRL always clips the value loss; its
-# script for continuous actions normalises observations and rewards and has wider networks.
+import ppo_continuous
+import ppo_discrete
+
+# Values of our configuration that make it the same algorithm. PureJaxRL always clips the value loss
+# and never stops early. Its script for continuous actions normalises observations and rewards.
 OURS = {
-    "ppo_discrete": dict(clip_vloss=True, normalize_obs=False, normalize_reward=False),
-    "ppo_continuous": dict(
-        clip_vloss=True, normalize_obs=True, normalize_reward=True, hidden_sizes=(256, 256)
+    "ppo_discrete": dict(
+        clip_vloss=True, target_kl=None, normalize_obs=False, normalize_reward=False
     ),
-}
+    "ppo_continuous": dict(
+        clip_vloss=True, target_kl=None, normalize_obs=True, normalize_reward=True,
+        hidden_sizes=(256, 256),
+    ),
+}  # fmt: skip
 THEIRS = {"ppo_discrete": "ppo.py", "ppo_continuous": "ppo_continuous_action.py"}
+DEFAULTS = dict(  # of purejaxrl/ppo.py, under our names
+    env_id="CartPole-v1", num_envs=4, num_steps=128, total_timesteps=500_000, update_epochs=4,
+    num_minibatches=4, learning_rate=2.5e-4, max_grad_norm=0.5, ent_coef=0.01,
+)  # fmt: skip
 
 
-class Categorical:
-    def __init__(self, logits):
-        self.logits = jax.nn.log_softmax(logits)
-
-    def sample(self, seed):
-        return jax.random.categorical(seed, self.logits)
-
-    def log_prob(self, value):
-        chosen = jax.nn.one_hot(value, self.logits.shape[-1], dtype=self.logits.dtype)
-        return jnp.sum(chosen * self.logits, axis=-1)
-
-    def entropy(self):
-        return -jnp.sum(jnp.exp(self.logits) * self.logits, axis=-1)
-
-
-class MultivariateNormalDiag(NamedTuple):
-    loc: jax.Array
-    scale: jax.Array
+class Categorical(ppo_discrete.Categorical):
+    """distrax.Categorical, as far as PureJaxRL uses it."""
 
     def sample(self, seed):
-        return self.loc + self.scale * jax.random.normal(seed, self.loc.shape)
+        return super().sample(seed)
 
-    def log_prob(self, value):
-        z = (value - self.loc) / self.scale
-        log_scale = jnp.log(self.scale) + 0.5 * np.log(2 * np.pi)
-        return -jnp.sum(0.5 * z**2 + log_scale, axis=-1)
 
-    def entropy(self):
-        scale = jnp.broadcast_to(self.scale, self.loc.shape)
-        return jnp.sum(jnp.log(scale) + 0.5 * np.log(2 * np.pi * np.e), axis=-1)
+class Gaussian(ppo_continuous.DiagGaussian):
+    """distrax.MultivariateNormalDiag, as far as PureJaxRL uses it."""
+
+    def __new__(cls, loc, scale):
+        return super().__new__(cls, loc, jnp.broadcast_to(jnp.log(scale), loc.shape))
+
+    def sample(self, seed):
+        return super().sample(seed)
 
 
 class OldEnvironment(LegacyStepAPIWrapper):
-    """A gymnax environment as gymnax 0.x had it; its parameters are the default ones."""
+    """A gymnax environment with the interface of gymnax 0.x, and its default parameters."""
 
     def __init__(self, name):
         env, self.params = gymnax.make(name)
@@ -91,28 +89,18 @@ class OldEnvironment(LegacyStepAPIWrapper):
 
 
 def stand_ins():
-    """Modules that PureJaxRL imports and may be missing."""
-    distrax, brax, navix = (ModuleType(name) for name in ("distrax", "brax", "navix"))
-    distrax.Categorical, distrax.MultivariateNormalDiag = Categorical, MultivariateNormalDiag
-    brax.envs = ModuleType("brax.envs")
-    training = ModuleType("brax.envs.wrappers.training")
-    training.EpisodeWrapper = training.AutoResetWrapper = None
-    modules = {"distrax": distrax, "brax": brax, "brax.envs": brax.envs, "navix": navix}
-    modules |= {"brax.envs.wrappers": ModuleType("wrappers"), training.__name__: training}
-    found = functools.cache(lambda name: importlib.util.find_spec(name) is not None)
-    return {name: module for name, module in modules.items() if not found(name.split(".")[0])}
-
-
-def load(path, name):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Modules that PureJaxRL imports, for those that are not installed."""
+    distrax = SimpleNamespace(Categorical=Categorical, MultivariateNormalDiag=Gaussian)
+    modules = {"distrax": distrax, "navix": MagicMock(), "brax": MagicMock()}
+    for name in ("brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training"):
+        modules[name] = MagicMock()
+    missing = [name for name in ("distrax", "navix", "brax") if not find_spec(name)]
+    return {name: module for name, module in modules.items() if name.split(".")[0] in missing}
 
 
 @contextlib.contextmanager
-def added(modules):
-    """In here `modules` can be imported, where no others of these names are."""
+def importable(modules):
+    """Within this context, `modules` can be imported."""
     new = {name: module for name, module in modules.items() if name not in sys.modules}
     sys.modules.update(new)
     try:
@@ -122,10 +110,13 @@ def added(modules):
             del sys.modules[name]
 
 
-def load_module(folder, name):
-    """PureJaxRL's counterpart of our script `name`, whose seeds may be vmapped."""
-    folder = Path(folder) / "purejaxrl"
-    with added(stand_ins()), added({"wrappers": load(folder / "wrappers.py", "wrappers")}):
+def load_module(checkout, name):
+    """PureJaxRL's counterpart of our script `name`."""
+    folder = Path(checkout) / "purejaxrl"
+    with (
+        importable(stand_ins()),
+        importable({"wrappers": load(folder / "wrappers.py", "wrappers")}),
+    ):
         module = load(folder / THEIRS[name], f"purejaxrl_{name}")
     network = module.ActorCritic
 
@@ -138,9 +129,9 @@ def load_module(folder, name):
     return module
 
 
-def load_train(folder, name):
-    """Its train(config, key) with our configuration, on an environment of gymnax."""
-    module = load_module(folder, name)
+def load_train(checkout, name):
+    """PureJaxRL's training on gymnax 1.0 as a function train(config, key) of our configuration."""
+    module = load_module(checkout, name)
     module.gymnax = SimpleNamespace(make=lambda name: (OldEnvironment(name), None))
     module.BraxGymnaxWrapper = OldEnvironment
 
@@ -152,3 +143,19 @@ def load_train(folder, name):
         return module.make_train(theirs)(key)
 
     return train
+
+
+def main():
+    """Train 8 seeds with PureJaxRL's defaults; print the time at the end of each phase."""
+    train = partial(load_train(sys.argv[1], "ppo_discrete"), ppo_discrete.Config(**DEFAULTS))
+    print("imported", time.time(), flush=True)
+    keys = jax.random.split(jax.random.key(0), 8)
+    program = jax.jit(jax.vmap(train)).lower(keys).compile()
+    print("compiled", time.time(), flush=True)
+    returns = jax.block_until_ready(program(keys))["metrics"]["returned_episode_returns"]
+    print("trained", time.time(), flush=True)
+    print("best", np.max(returns, axis=(1, 2, 3)).min())  # in the worst seed
+
+
+if __name__ == "__main__":
+    main()

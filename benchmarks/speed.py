@@ -1,514 +1,409 @@
-"""How fast the scripts are: against bare arithmetic, other programs, and by number of devices.
+"""Measure how fast the scripts are, and print tables for docs/speed.md.
 
-    python benchmarks/speed.py                              # the first three tables; half an hour
-    python benchmarks/speed.py --tables bare --scripts trpo --rounds 10
-    python benchmarks/speed.py --tables bare --scripts ppo_continuous --activation relu
-    python benchmarks/speed.py --tables sizes --seeds 1 64 1024 2048     # on a GPU
-    python benchmarks/speed.py --tables devices --devices 1 2 4 8        # more than there are cores
-    python benchmarks/speed.py --gpu --purejaxrl PATH        # whole runs on a GPU, ten minutes
-    python benchmarks/speed.py --against PATH                # a folder with other such scripts
-    python benchmarks/speed.py --purejaxrl PATH              # a checkout of PureJaxRL
+    python benchmarks/speed.py bare              # against the bare arithmetic of the networks
+    python benchmarks/speed.py sb3               # against Stable-Baselines3 and sb3-contrib
+    python benchmarks/speed.py devices           # a CPU device per core against a single one
+    python benchmarks/speed.py sizes             # many seeds and many environments
+    python benchmarks/speed.py trpo              # the parts of an update of TRPO
+    python benchmarks/speed.py first-minute      # the default command, until CartPole is solved
+    python benchmarks/speed.py --purejaxrl PATH  # against a checkout of PureJaxRL
+    python benchmarks/speed.py --against PATH    # against the scripts in another folder
+    python benchmarks/speed.py whole --purejaxrl PATH     # whole runs, for a GPU
 
-All print Markdown, for docs/speed.md. What is compared is compiled first and then run in turn, in
-runs of half a second or so: on a machine that is busy with other things, two neighbouring short
-runs are disturbed alike, two long ones are not. A ratio is the median over neighbouring runs, with
-the quartiles in parentheses. Hyperparameters are those of `Config`, without presets. Compile times
-are those of XLA (no persistent cache is used unless you set one). As on the command line, Threefry
-is compiled to straight code. All but the tables of devices and of PureJaxRL run on one CPU device.
+Programs that are compared are compiled first and then run in turn, in one process and for about a
+second each, so that other programs on the machine disturb both alike. A ratio is that of the median
+speeds, with the quartiles over the rounds in parentheses; above 1, ours is faster. Hyperparameters
+are those of `Config`, without presets. In `devices`, `whole` and the table of PureJaxRL, our seeds
+are spread over all devices.
 
-`bare`: how much of the time goes into the network arithmetic that no implementation can avoid. For
-each script and setting there are two programs with the same networks, optimizer and sizes: the
-script's `train` on its default environment, and the bare arithmetic: the actor's forward passes
-step by step, the critic's over the rollout, and what the update does with the networks, on random
-data, without environment, advantages, shuffling or random numbers. If Stable-Baselines3 and
-sb3-contrib are installed, they train with the same hyperparameters, in the same turns.
-
-`sizes`: more and more seeds of 4 environments, and one seed with more and more environments: steps
-per second, compile time, and memory per seed. Also drawn, as benchmarks/results/speed.png.
-
-`devices`: seeds of 4 x 128, spread over 1, 2, 4, ... CPU devices, up to one per core that this
-process may use, or as many as `--devices` asks for. The number is fixed when JAX starts, so each
-has a process of its own; all are there at once, and run in turn.
-
-`--against`: `train` of these scripts and of those in another folder, in one process.
-
-`--purejaxrl`: PPO-clip of these scripts and PureJaxRL's in one process, with the same networks and
-hyperparameters; benchmarks/purejaxrl.py says what is changed in it, in memory.
-
-`--gpu`: whole runs on an accelerator, up to 2048 seeds, and with `--purejaxrl` its own beside them;
-benchmarks/gpu.py has the details.
+`bare` is what no implementation of PPO can avoid: the same networks, optimizer and sizes on random
+data, without environment, advantages, shuffling or random numbers. `first-minute` watches the
+default command from outside: when it prints its first line, when it writes its first metrics, and
+when every seed has had an update with a mean return of at least 475. With --purejaxrl it takes
+turns with PureJaxRL's default training of 8 seeds, which shows no return before its end. `whole`
+trains the numbers of seeds and steps that PureJaxRL's README shows for a GPU, once.
 """
 
 import argparse
 import contextlib
-import functools
+import dataclasses
 import importlib
-import importlib.util
 import math
 import os
-import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import ROOT, circumstances, load_module, markdown, read_columns
 from jax.flatten_util import ravel_pytree
-from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import ppo_discrete
 
-SCRIPTS = ["ppo_discrete", "ppo_continuous", "ppo_penalty", "trpo"]
-SB3_ITERATIONS = 1  # rollouts and updates of Stable-Baselines3 per turn
-SETTINGS = {  # name: (seeds, environments, steps, updates)
-    "4 x 128": (1, 4, 128, 40),
-    "64 x 128": (1, 64, 128, 6),
-    "2048 x 10": (1, 2048, 10, 3),
-    "16 seeds of 4 x 128": (16, 4, 128, 6),
+SCRIPTS = ("ppo_discrete", "ppo_continuous", "ppo_penalty", "trpo")
+
+
+def sizes(num_envs, num_steps, num_updates):
+    steps = num_envs * num_steps * num_updates
+    return dict(num_envs=num_envs, num_steps=num_steps, total_timesteps=steps)
+
+
+ONE_SEED = {  # name: seeds, values of the configuration
+    "4 x 128": (1, sizes(4, 128, 40)),
+    "64 x 128": (1, sizes(64, 128, 6)),
+    "2048 x 10": (1, sizes(2048, 10, 3)),
 }
-SEEDS_ON_DEVICES = {8: 20, 16: 10, 64: 3}  # of 4 x 128: updates
-TABLES = {"bare": 30, "sizes": 3, "devices": 10}  # name: rounds
-ROUNDS = 30  # of `--against` and `--purejaxrl`
+SETTINGS = ONE_SEED | {"16 seeds of 4 x 128": (16, sizes(4, 128, 6))}
+NUMBERS = ((8, 20), (16, 10), (64, 3))  # seeds, updates
+MANY_SEEDS = {f"{n} seeds of 4 x 128": (n, sizes(4, 128, updates)) for n, updates in NUMBERS}
+CARTPOLE = dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4)
+CARTPOLE |= dict(total_timesteps=500_000)
+BREAKOUT = dict(num_envs=64, num_steps=128, update_epochs=4, num_minibatches=8, activation="relu")
+BREAKOUT |= dict(env_id="Breakout-MinAtar", total_timesteps=10_000_000)
+WHOLE = {
+    "CartPole, 1 seed of 500k steps": (1, CARTPOLE),
+    "CartPole, 64 seeds": (64, CARTPOLE),
+    "CartPole, 2048 seeds": (2048, CARTPOLE),
+    "Breakout, 64 seeds of 10M steps": (64, BREAKOUT),
+}
 
 
-def bare_arithmetic(script, config, key):
-    """The network arithmetic of `script.train`, without anything else."""
-    is_trpo = script.__name__ == "trpo"
-    env = script.make_env(config.env_id)
-    obs_size = env.reset(jax.random.split(key, 1))[0].shape[-1]
-    space = env.action_space
-    if script.__name__ == "ppo_discrete":
-        space = space.n
-    elif script.__name__ == "ppo_continuous":
-        space = math.prod(space.shape)
-    actor = script.Actor(space, config.hidden_sizes, config.activation)
-    critic = script.Critic(config.hidden_sizes, config.activation)
-    rollout_key, key = jax.random.split(key)
-    shape = (config.num_steps, config.num_envs)
-    obs = jax.random.normal(rollout_key, (*shape, obs_size))  # [T, N, D]
-    params = {"actor": actor.init(key, obs[0]), "critic": critic.init(key, obs[0])}
-    clip = [] if is_trpo else [optax.clip_by_global_norm(config.max_grad_norm)]
-    optimizer = optax.flatten(optax.chain(*clip, optax.adam(1e-3, eps=1e-5)))
-    trained = lambda params: params["critic"] if is_trpo else params  # by Adam
-
-    def policy_loss(params, obs, target):
-        policy = actor.apply(params, obs)
-        return jnp.mean(policy.log_prob(jax.lax.stop_gradient(policy.mode())) * target)
-
-    def loss(params, obs, target):
-        if is_trpo:
-            return jnp.mean((critic.apply(params, obs) - target) ** 2)
-        value = critic.apply(params["critic"], obs)
-        return policy_loss(params["actor"], obs, target) + jnp.mean((value - target) ** 2)
-
-    def natural_gradient(params, target):
-        theta, unravel = ravel_pytree(params)
-        policy_at = lambda theta: actor.apply(unravel(theta), obs)
-        gradient = jax.grad(lambda theta: policy_loss(unravel(theta), obs, target))(theta)
-        product = script.fisher_vector_product(policy_at, theta)
-        step, _ = script.trust_region_step(
-            product, gradient, config.max_kl, config.cg_damping, config.cg_iterations
-        )
-        tried = policy_loss(unravel(theta + step), obs, target)  # by the line search
-        return unravel(theta + 1e-3 * jnp.tanh(tried) * step)
-
-    def update(carry, _):
-        params, opt_state = carry
-
-        def env_step(last, obs):
-            # Each step waits for the one before, as it does where an environment stands between.
-            policy = actor.apply(params["actor"], obs + 1e-6 * last)
-            return policy[0].sum(), None
-
-        last, _ = jax.lax.scan(env_step, jnp.zeros(()), obs)
-        value = critic.apply(params["critic"], obs)
-        target = value + critic.apply(params["critic"], obs + 1e-6 * last)
-        if is_trpo:
-            params = {**params, "actor": natural_gradient(params["actor"], target)}
-        minibatches = lambda x: x.reshape(config.num_minibatches, -1, *x.shape[2:])
-        data = minibatches(obs), minibatches(target)
-
-        def minibatch_step(carry, minibatch):
-            params, opt_state = carry
-            gradient = jax.grad(loss)(params, *minibatch)
-            step, opt_state = optimizer.update(gradient, opt_state)
-            return (optax.apply_updates(params, step), opt_state), None
-
-        def epoch(carry, _):
-            return jax.lax.scan(minibatch_step, carry, data)
-
-        carry = (trained(params), opt_state)
-        (new, opt_state), _ = jax.lax.scan(epoch, carry, None, config.update_epochs)
-        return ({**params, "critic": new} if is_trpo else new, opt_state), None
-
-    carry = (params, optimizer.init(trained(params)))
-    return jax.lax.scan(update, carry, None, config.num_updates)[0]
+# ---- Measuring -----------------------------------------------------------------------------------
 
 
-def compiled(function, config, keys, transform=lambda f: jax.jit(jax.vmap(f))):
-    """The program for these seeds, and the seconds its compilation took."""
-    lowered = transform(functools.partial(function, config)).lower(keys)
+class Program(NamedTuple):
+    run: Callable  # takes no arguments
+    steps: int  # environment steps of a run
+    compile_seconds: float = math.nan
+    compiled: object = None
+
+
+def program_of(train, config, num_seeds=1, spread=False):
+    """Compile the training of some seeds; `spread` distributes them over all devices."""
+    function, key = partial(train, config), jax.random.key(0)
+    if num_seeds > 1:
+        key = jax.random.split(key, num_seeds)
+    if spread:
+        function = ppo_discrete.over_seeds(function, num_seeds)
+    else:
+        function = jax.jit(jax.vmap(function) if num_seeds > 1 else function)
+    lowered = function.lower(key)
     start = time.perf_counter()
-    program = lowered.compile()
-    return program, time.perf_counter() - start
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    steps = num_seeds * config.num_updates * config.batch_size
+    return Program(partial(compiled, key), steps, seconds, compiled)
 
 
-def seed_keys(number):
-    return jax.vmap(jax.random.key)(jnp.arange(number))
+def take_turns(runs, rounds):
+    """The seconds of each run [rounds]. The first run of each is not counted."""
+    seconds = [[] for _ in runs]
+    for i in range(rounds + 1):
+        for j in range(len(runs)) if i % 2 else reversed(range(len(runs))):
+            start = time.perf_counter()
+            jax.block_until_ready(runs[j]())
+            seconds[j].append(time.perf_counter() - start)
+    return np.array(seconds)[:, 1:]
 
 
-def configured(script, setting, **values):
-    """The default configuration with the sizes of a setting, and the number of seeds."""
-    num_seeds, num_envs, num_steps, num_updates = setting
-    steps = num_updates * num_envs * num_steps
-    sizes = dict(num_envs=num_envs, num_steps=num_steps, total_timesteps=steps)
-    return script.Config(**sizes, **values), num_seeds
+def print_row(*cells):
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def in_turn(rounds, first, second):
-    """Seconds of both functions, each [rounds]; who begins alternates. The first runs warm up."""
-    first(), second()
-    times = [], []
-    for i in range(rounds):
-        for which in (0, 1) if i % 2 == 0 else (1, 0):
-            times[which].append((first, second)[which]())
-    return times
+def compare(label, rival, scripts, settings, rounds, spread=False, overrides=None):
+    """Print a table of the scripts beside rival(script, config, num_seeds) -> Program.
 
-
-def quartiles(ratios):
-    low, middle, high = np.percentile(ratios, [25, 50, 75])
-    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
-
-
-def seconds_of(program, *arguments):
-    start = time.perf_counter()
-    jax.block_until_ready(program(*arguments))
-    return time.perf_counter() - start
-
-
-def baseline_run(script, config):
-    """The same run by Stable-Baselines3 or sb3-contrib, or None without such a thing.
-
-    Returns a function that trains for SB3_ITERATIONS rollouts. Its vectorised environment is
-    Gymnasium's of the same name; observations and rewards are normalised as the script does.
+    `overrides` are further values of the configuration, by the name of the script.
     """
-    classes = {"ppo_discrete": "PPO", "ppo_continuous": "PPO", "trpo": "TRPO"}
-    package = "sb3_contrib" if script.__name__ == "trpo" else "stable_baselines3"
-    if script.__name__ not in classes or importlib.util.find_spec(package) is None:
-        return None
+    print(markdown(["script", "setting", "steps/s", label, "ratio", "compile", label], []))
+    for script in map(importlib.import_module, scripts):
+        for setting, (num_seeds, values) in settings.items():
+            config = script.Config(**values | (overrides or {}).get(script.__name__, {}))
+            ours = program_of(script.train, config, num_seeds, spread and num_seeds > 1)
+            programs = ours, rival(script, config, num_seeds)
+            seconds = take_turns([program.run for program in programs], rounds)
+            ours, theirs = (x.steps / seconds[i] for i, x in enumerate(programs))
+            low, high = np.percentile(ours / theirs, [25, 75])
+            print_row(
+                f"`{script.__name__}`",
+                setting,
+                *(f"{np.median(speed):,.0f}" for speed in (ours, theirs)),
+                f"{np.median(ours) / np.median(theirs):.2f} ({low:.2f}-{high:.2f})",
+                *(f"{program.compile_seconds:.1f} s" for program in programs),
+            )
+
+
+# ---- Rivals --------------------------------------------------------------------------------------
+
+
+def other_version(folder, script, config, num_seeds):
+    """The script of the same name in another folder, with all hyperparameters that both have."""
+    other = load_module(Path(folder) / f"{script.__name__}.py", f"other_{script.__name__}")
+    names = [field.name for field in dataclasses.fields(other.Config)]
+    values = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if "kl_threshold" in names:  # the name of the early stop up to commit d1a7a2f
+        name = "early_stop_kl" if hasattr(config, "early_stop_kl") else "target_kl"
+        values["kl_threshold"] = getattr(config, name)
+    return program_of(other.train, other.Config(**values), num_seeds)
+
+
+def purejaxrl_train(checkout, script, config, num_seeds):
+    import purejaxrl  # not at the top, because it starts JAX, which use_cores has to precede
+
+    return program_of(purejaxrl.load_train(checkout, script.__name__), config, num_seeds)
+
+
+def one_device(script, config, num_seeds):
+    return program_of(script.train, config, num_seeds)
+
+
+def stable_baselines3(script, config, num_seeds):
+    """A rollout and an update with the same hyperparameters, normalisation included."""
+    from sb3_contrib import TRPO
+    from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.vec_env import VecNormalize
 
-    env = VecNormalize(make_vec_env(config.env_id, config.num_envs), gamma=config.gamma)
     options = dict(
         n_steps=config.num_steps,
         batch_size=config.batch_size // config.num_minibatches,
         gamma=config.gamma,
         gae_lambda=config.gae_lambda,
-        learning_rate=config.learning_rate,  # of the critic in TRPO
+        learning_rate=config.learning_rate,
         device="cpu",  # as SB3 advises for small networks
     )
     if script.__name__ == "trpo":
-        options |= dict(
-            n_critic_updates=config.update_epochs,
-            target_kl=config.max_kl,
-            cg_max_steps=config.cg_iterations,
-            cg_damping=config.cg_damping,
-        )
+        options |= dict(n_critic_updates=config.update_epochs, target_kl=config.max_kl)
+        options |= dict(cg_max_steps=config.cg_iterations, cg_damping=config.cg_damping)
     else:
-        options |= dict(
-            n_epochs=config.update_epochs,
-            clip_range=config.clip_eps,
-            max_grad_norm=config.max_grad_norm,
-            vf_coef=config.vf_coef,
-            ent_coef=config.ent_coef,
-        )
-    algorithm = getattr(importlib.import_module(package), classes[script.__name__])
-    model = algorithm("MlpPolicy", env, **options)
-    return functools.partial(model.learn, SB3_ITERATIONS * config.batch_size)
+        options |= dict(n_epochs=config.update_epochs, clip_range=config.clip_eps)
+        options |= dict(max_grad_norm=config.max_grad_norm, vf_coef=config.vf_coef)
+    env = VecNormalize(make_vec_env(config.env_id, config.num_envs), gamma=config.gamma)
+    model = (TRPO if script.__name__ == "trpo" else PPO)("MlpPolicy", env, **options)
+    return Program(partial(model.learn, config.batch_size), config.batch_size)
 
 
-def against_bare_arithmetic(scripts, rounds, activation):
-    print("| script | setting | steps/s | bare arithmetic | ratio | compile | Stable-Baselines3 |")
-    print("|---|---|---|---|---|---|---|")
-    for script in map(importlib.import_module, scripts):
-        for name, setting in SETTINGS.items():
-            config, num_seeds = configured(script, setting, activation=activation)
-            keys = seed_keys(num_seeds)
-            ours, compile_seconds = compiled(script.train, config, keys)
-            bare, _ = compiled(functools.partial(bare_arithmetic, script), config, keys)
-            comparable = num_seeds == 1 and activation == "tanh"  # as "MlpPolicy" has
-            other = baseline_run(script, config) if comparable else None
-            times = {"ours": [], "bare": [], "other": []}
-            seconds_of(ours, keys), seconds_of(bare, keys)
-            for _ in range(rounds):
-                times["ours"].append(seconds_of(ours, keys))
-                times["bare"].append(seconds_of(bare, keys))
-                if other:
-                    times["other"].append(seconds_of(other))
-            steps = num_seeds * config.total_timesteps
-            theirs = SB3_ITERATIONS * config.batch_size / np.median(times["other"] or [np.inf])
-            print(
-                f"| `{script.__name__}` | {name} | {steps / np.median(times['ours']):,.0f} "
-                f"| {steps / np.median(times['bare']):,.0f} "
-                f"| {quartiles(np.divide(times['bare'], times['ours']))} "
-                f"| {compile_seconds:.1f} s | {f'{theirs:,.0f}' if other else '-'} |",
-                flush=True,
-            )
+def mlp(config, num_outputs):
+    activation = getattr(nn, config.activation)
+    hidden = [layer for size in config.hidden_sizes for layer in (nn.Dense(size), activation)]
+    return nn.Sequential([*hidden, nn.Dense(num_outputs)])
 
 
-def against_others(folder, scripts, rounds):
-    """The scripts of this repository (new) and those of the same names in `folder` (old)."""
-    print("| script | setting | steps/s, new | old | new / old | compile, new | old | weights |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name in scripts:
-        new = importlib.import_module(name)
-        old = load(Path(folder) / f"{name}.py", f"old_{name}")
-        for setting_name, setting in SETTINGS.items():
-            programs, compile_seconds = {}, {new: [], old: []}
-            for script in (new, old, old, new):  # nobody's compiler is warmer
-                config, num_seeds = configured(script, setting)
-                keys = seed_keys(num_seeds)
-                programs[script], seconds = compiled(script.train, config, keys)
-                compile_seconds[script].append(seconds)
-            run = {s: functools.partial(seconds_of, programs[s], keys) for s in (new, old)}
-            times = in_turn(rounds, run[new], run[old])
-            weights = [ravel_pytree(programs[s](keys)[0].params)[0] for s in (new, old)]
-            same = "the same" if np.array_equal(*weights) else "others"
-            steps = num_seeds * config.total_timesteps
-            print(
-                f"| `{name}` | {setting_name} | {steps / np.median(times[0]):,.0f} "
-                f"| {steps / np.median(times[1]):,.0f} "
-                f"| {quartiles(np.divide(times[1], times[0]))} "
-                f"| {np.mean(compile_seconds[new]):.1f} s | {np.mean(compile_seconds[old]):.1f} s "
-                f"| {same} |",
-                flush=True,
-            )
+def train_bare(script, config, key):
+    """The network arithmetic of a PPO script, and nothing else."""
+    env = script.load_env(config.env_id)
+    obs_size = env.reset(jax.random.split(key, 1))[0].shape[-1]
+    space = env.action_space
+    actor = mlp(config, space.n if hasattr(space, "n") else math.prod(space.shape))
+    critic = mlp(config, 1)
+    obs = jax.random.normal(key, (config.num_steps, config.num_envs, obs_size))
+    clip = optax.clip_by_global_norm(config.max_grad_norm)
+    optimizer = optax.chain(clip, optax.adam(1e-3, eps=1e-5))
+
+    def loss(params, obs, target):
+        value = critic.apply(params[1], obs)[..., 0]
+        return jnp.mean(actor.apply(params[0], obs)[..., 0] * target + (value - target) ** 2)
+
+    def update(carry, _):
+        params, _ = carry
+
+        def env_step(last, obs):  # waits for the previous step, as with an environment between them
+            return actor.apply(params[0], obs + 1e-6 * last).sum(), None
+
+        last, _ = jax.lax.scan(env_step, jnp.zeros(()), obs)
+        next_value = critic.apply(params[1], obs + 1e-6 * last)[..., 0]
+        target = critic.apply(params[1], obs)[..., 0] + next_value
+        parts = config.num_minibatches
+        minibatches = [x.reshape(parts, -1, *x.shape[2:]) for x in (obs, target)]
+
+        def train_step(carry, minibatch):
+            params, opt_state = carry
+            gradient = jax.grad(loss)(params, *minibatch)
+            change, opt_state = optimizer.update(gradient, opt_state)
+            return (optax.apply_updates(params, change), opt_state), None
+
+        epoch = lambda carry, _: jax.lax.scan(train_step, carry, minibatches)
+        return jax.lax.scan(epoch, carry, None, config.update_epochs)[0], None
+
+    params = actor.init(key, obs), critic.init(key, obs)
+    carry = (params, optimizer.init(params))
+    return jax.lax.scan(update, carry, None, config.num_updates)[0]
 
 
-def load(path, name):
-    """A module by its path, under another name than its own."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bare_arithmetic(script, config, num_seeds):
+    return program_of(partial(train_bare, script), config, num_seeds)
 
 
-def by_number(scripts, seeds, environments, rounds):
-    """Table and figure of steps/s, compile time and memory against what runs side by side."""
-    by_seeds = [(number, 4) for number in seeds]
-    by_environments = [(1, number) for number in environments]
-    print("Steps per second (compile time; memory per seed that the compiled program asks for)\n")
-    print("| seeds x environments |", " | ".join(f"`{script}`" for script in scripts), "|")
-    print("|---" * (len(scripts) + 1) + "|")
-    speeds = {script: {} for script in scripts}
-    for num_seeds, num_envs in dict.fromkeys(by_seeds + by_environments):  # each once
+# ---- Sizes ---------------------------------------------------------------------------------------
+
+
+def by_size(scripts, rounds):
+    """Steps per second, compile time and memory of many seeds, and of many environments."""
+    print("Steps per second (compile time; memory per seed)\n")
+    print(markdown(["seeds x environments", *(f"`{name}`" for name in scripts)], []))
+    numbers = [(n, 4) for n in (1, 8, 64, 512, 2048)] + [(1, n) for n in (64, 512, 2048)]
+    for num_seeds, num_envs in numbers:
         cells = []
-        for name in scripts:
-            script = importlib.import_module(name)
-            num_updates = max(2, 256 // (num_seeds * num_envs))
-            config, _ = configured(script, (num_seeds, num_envs, 128, num_updates))
-            keys = seed_keys(num_seeds)
-            program, compile_seconds = compiled(script.train, config, keys)
-            seconds_of(program, keys)
-            seconds = np.median([seconds_of(program, keys) for _ in range(rounds)])
-            memory = program.memory_analysis()
+        for script in map(importlib.import_module, scripts):
+            config = script.Config(**sizes(num_envs, 128, max(2, 256 // (num_seeds * num_envs))))
+            program = program_of(script.train, config, num_seeds)
+            speed = program.steps / np.median(take_turns([program.run], rounds))
+            memory = program.compiled.memory_analysis()
             mebibytes = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2**20
-            speed = num_seeds * config.total_timesteps / seconds
-            speeds[name][num_seeds, num_envs] = speed
-            cells.append(f"{speed:,.0f} ({compile_seconds:.1f} s; {mebibytes / num_seeds:.2f} MiB)")
-        print(f"| {num_seeds} x {num_envs} | {' | '.join(cells)} |", flush=True)
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for name in scripts:
-        default = importlib.import_module(name).Config().env_id
-        of_seeds = [speeds[name][size] for size in by_seeds]
-        panels[0].loglog(seeds, of_seeds, "o-", label=f"{name}, {default}")
-        panels[1].loglog(environments, [speeds[name][size] for size in by_environments], "o-")
-    panels[0].set(
-        xlabel="seeds at once, each with 4 environments", ylabel="environment steps per second"
-    )
-    panels[1].set(xlabel="environments of a single seed")
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    panels[1].legend(*panels[0].get_legend_handles_labels(), loc="lower right")
-    figure.suptitle(f"128 steps per update, {jax.devices()[0].device_kind}")
-    figure.savefig(ROOT / "benchmarks" / "results" / "speed.png", dpi=110)
+            costs = f"{program.compile_seconds:.1f} s; {mebibytes / num_seeds:.2f} MiB"
+            cells.append(f"{speed:,.0f} ({costs})")
+        print_row(f"{num_seeds} x {num_envs}", *cells)
 
 
-def usable_cores():
-    """The cores that this process may use, as the scripts count them; before JAX starts."""
-    before = jax.config.jax_num_cpu_devices
-    ppo_discrete.use_cores(0)  # no seeds divide over any number of devices
-    cores = jax.config.jax_num_cpu_devices
-    jax.config.update("jax_num_cpu_devices", before)
-    return max(cores, 1)
+# ---- The parts of an update of TRPO --------------------------------------------------------------
 
 
-def serve_runs(name, devices):
-    """Be one of the processes of `by_devices`: asked for a number of seeds, run, tell the seconds.
+def trpo_parts(rounds):
+    """Milliseconds of each part, and its cost in units of a gradient of the surrogate."""
+    import trpo
 
-    The first run of each number compiles and does not count."""
-    jax.config.update("jax_num_cpu_devices", devices)
-    script = importlib.import_module(name)
-    script.straight_threefry()
-    programs = {}
-    for line in sys.stdin:
-        number = int(line)
-        keys = jax.device_put(seed_keys(number), script.seed_axis())
-        if number not in programs:
-            config, _ = configured(script, (number, 4, 128, SEEDS_ON_DEVICES[number]))
-            programs[number], _ = compiled(script.train, config, keys, script.over_seeds)
-            seconds_of(programs[number], keys)
-        print(seconds_of(programs[number], keys), flush=True)
+    config = trpo.Config()
+    space = trpo.load_env(config.env_id).action_space
+    actor = trpo.Actor(space, config.hidden_sizes, config.activation, config.initial_std)
+    keys = jax.random.split(jax.random.key(0), 4)
+    obs = jax.random.normal(keys[0], (config.batch_size, 4))
+    theta, unravel = ravel_pytree(actor.init(keys[1], obs))
+    policy_at = lambda theta: actor.apply(unravel(theta), obs)
+    old_policy = policy_at(theta)
+    action = old_policy.sample(keys[2])
+    advantage = jax.random.normal(keys[3], action.shape)
 
+    def surrogate(theta):
+        log_ratio = policy_at(theta).log_prob(action) - old_policy.log_prob(action)
+        return jnp.mean(jnp.exp(log_ratio) * advantage)
 
-def by_devices(scripts, counts, cores, rounds):
-    """Steps per second of seeds of 4 x 128 that are spread over several CPU devices."""
-    print(f"Steps per second of seeds of 4 x 128 on {cores} usable cores; in parentheses the speed")
-    print("against one device, and this divided by the number of devices.\n")
-    print("| script | devices |", " | ".join(f"{n} seeds" for n in SEEDS_ON_DEVICES), "|")
-    print("|---" * (len(SEEDS_ON_DEVICES) + 2) + "|")
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    flags = " ".join(flag for flag in flags if "device_count" not in flag)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    counts = list(dict.fromkeys([1, *counts]))  # one is what the others are compared with
-    for name in scripts:
-        with contextlib.ExitStack() as stack:
-            start = functools.partial(
-                subprocess.Popen,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            command = [sys.executable, __file__, "--scripts", name, "--serve"]
-            processes = {n: stack.enter_context(start([*command, str(n)])) for n in counts}
+    def repeat(product, v):
+        return jax.lax.scan(lambda v, _: (product(v), None), v, None, 10)[0]
 
-            def ask(devices, number, processes=processes):
-                print(number, file=processes[devices].stdin, flush=True)
-                return float(processes[devices].stdout.readline())
+    def fisher_products(theta, v):
+        return repeat(trpo.fisher_vector_product(policy_at, theta), v)
 
-            cells = {n: [] for n in counts}
-            for number, num_updates in SEEDS_ON_DEVICES.items():
-                able = [n for n in counts if number % n == 0]
-                for n in able:
-                    ask(n, number)
-                times = np.array([[ask(n, number) for n in able] for _ in range(rounds)])
-                speed = number * num_updates * 4 * 128 / np.median(times, axis=0)
-                gain = np.median(times[:, :1] / times, axis=0)
-                for i, n in enumerate(able):
-                    against = f" ({gain[i]:.2f} x; {gain[i] / n:.0%})" if n > 1 else ""
-                    cells[n].append(f"{speed[i]:,.0f}{against}")
-                for n in set(counts) - set(able):
-                    cells[n].append("-")
-            for process in processes.values():
-                process.stdin.close()  # ends it
-        for n, texts in cells.items():
-            forced = " (forced: more than cores)" if n > cores else ""
-            print(f"| `{name}` | {n}{forced} | {' | '.join(texts)} |", flush=True)
+    def kl_products(theta, v):
+        kl = lambda theta: old_policy.kl(policy_at(theta)).mean()
+        return repeat(jax.linearize(jax.grad(kl), theta)[1], v)
+
+    gradient = jax.jit(jax.grad(surrogate))
+    v = gradient(theta)
+    init, update = trpo.make_train(config)
+    parts = {
+        "gradient of the surrogate": partial(gradient, theta),
+        "10 Fisher-vector products": partial(jax.jit(fisher_products), theta, v),
+        "10 products of the linearised KL gradient": partial(jax.jit(kl_products), theta, v),
+        "whole update, with its rollout": partial(jax.jit(update), jax.jit(init)(keys[0])),
+    }
+    milliseconds = 1e3 * np.median(take_turns(list(parts.values()), 20 * rounds), axis=1)
+    print(f"{config.batch_size} transitions of {config.env_id}\n")
+    print(markdown(["part", "ms", "in gradients"], []))
+    for name, x in zip(parts, milliseconds, strict=True):
+        print_row(name, f"{x:.2f}", f"{x / milliseconds[0]:.1f}")
 
 
-def against_purejaxrl(folder, scripts, rounds):
-    """PPO-clip here and in PureJaxRL: the same networks, hyperparameters and environments."""
-    import purejaxrl
+# ---- The first minute ----------------------------------------------------------------------------
 
-    print("| script | setting | devices | steps/s | PureJaxRL | ratio | compile | PureJaxRL |")
-    print("|---|---|---|---|---|---|---|---|")
-    devices, rows = jax.device_count(), []
-    for name in scripts:  # theirs first, while Threefry is compiled as JAX has it
-        script = importlib.import_module(name)
-        for setting_name, setting in SETTINGS.items():
-            config, num_seeds = configured(script, setting, **purejaxrl.OURS[name])
-            theirs = compiled(purejaxrl.load_train(folder, name), config, seed_keys(num_seeds))
-            rows.append((script, setting_name, config, num_seeds, theirs))
-    ppo_discrete.straight_threefry()
-    for script, setting_name, config, num_seeds, (theirs, their_seconds) in rows:
-        keys = seed_keys(num_seeds)
-        spread = num_seeds > 1 and devices > 1 and num_seeds % devices == 0
-        for over in (1, devices) if spread else (1,):
-            options = [script.over_seeds] if over > 1 else []
-            ours, our_seconds = compiled(script.train, config, keys, *options)
-            our_keys = jax.device_put(keys, script.seed_axis()) if over > 1 else keys
-            times = in_turn(
-                rounds,
-                functools.partial(seconds_of, ours, our_keys),
-                functools.partial(seconds_of, theirs, keys),
-            )
-            steps = num_seeds * config.total_timesteps
-            print(
-                f"| `{script.__name__}` | {setting_name} | {over} "
-                f"| {steps / np.median(times[0]):,.0f} | {steps / np.median(times[1]):,.0f} "
-                f"| {quartiles(np.divide(times[1], times[0]))} "
-                f"| {our_seconds:.1f} s | {their_seconds:.1f} s |",
-                flush=True,
-            )
+
+def our_first_minute():
+    """When each phase of the default command ends, in seconds after the start of the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        start, ends = time.time(), {}
+        command = [sys.executable, "-u", ROOT / "ppo_discrete.py"]
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=folder, **streams)
+        process.stdout.readline()
+        ends["imports"] = time.time()
+        while process.poll() is None:
+            time.sleep(0.02)
+            for path in Path(folder).glob("runs/*/metrics.csv"):
+                written = path.stat().st_mtime
+                with contextlib.suppress(ValueError):  # a row is only half written
+                    returns = read_columns(path.parent)["episodic_return"]
+                    ends.setdefault("compiling", written)
+                    if (np.nanmax(returns, axis=0) >= 475).all():
+                        ends.setdefault("475", written)
+        process.stdout.close()
+        ends["everything"] = time.time()
+    return {name: end - start for name, end in ends.items()}
+
+
+def their_first_minute(checkout):
+    start = time.time()
+    command = [sys.executable, Path(__file__).with_name("purejaxrl.py"), checkout]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = dict(line.split() for line in done.stdout.splitlines())
+    solved = "trained" if float(lines["best"]) >= 475 else "never"
+    names = {"imports": "imported", "compiling": "compiled", "475": solved, "everything": "trained"}
+    return {name: float(lines.get(line, math.nan)) - start for name, line in names.items()}
+
+
+def first_minute(checkout, rounds):
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(our_first_minute())
+        theirs.append(their_first_minute(checkout) if checkout else {})
+    print(markdown(["seconds until the end of", "`ppo_discrete.py`", "PureJaxRL"], []))
+    for name in ("imports", "compiling", "475", "everything"):
+        times = [np.median([run.get(name, math.nan) for run in runs]) for runs in (ours, theirs)]
+        print_row(name, *(f"{x:.1f}" for x in times))
+
+
+# ---- The command line ----------------------------------------------------------------------------
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    tables = ("bare", "sb3", "devices", "sizes", "trpo", "first-minute", "whole")
+    parser.add_argument("table", nargs="?", choices=tables)
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
-    parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
-    parser.add_argument("--against", metavar="PATH", help="this instead: a folder of other scripts")
-    parser.add_argument("--purejaxrl", metavar="PATH", help="this instead: a checkout of it")
-    parser.add_argument("--gpu", action="store_true", help="this instead: whole runs on a GPU")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of `--gpu`, at most")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try `--gpu`")
-    parser.add_argument(
-        "--activation", default="tanh", choices=["tanh", "relu"], help="of the table `bare`"
-    )
-    numbers = dict(nargs="+", type=int, help="of the table `sizes`")
-    parser.add_argument("--seeds", default=[1, 8, 64, 512, 2048], **numbers)
-    parser.add_argument("--environments", default=[4, 64, 512, 2048], **numbers)
-    parser.add_argument(
-        "--devices", nargs="+", type=int, help="of the table `devices` [default: up to the cores]"
-    )
-    rounds_help = f"runs of each program per setting [default: {TABLES}, otherwise {ROUNDS}]"
-    parser.add_argument("--rounds", type=int, help=rounds_help)
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--against", metavar="PATH", help="a folder with other versions of them")
+    parser.add_argument("--purejaxrl", metavar="PATH", help="a checkout of PureJaxRL")
+    parser.add_argument("--rounds", type=int, help="runs of each program")
     arguments = parser.parse_args()
-    if arguments.serve:
-        serve_runs(*arguments.scripts, arguments.serve)
-        return
-    cores = usable_cores()
-    if jax.config.jax_num_cpu_devices < 0 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
-        spread = arguments.purejaxrl and not arguments.gpu
-        jax.config.update("jax_num_cpu_devices", cores if spread else 1)
-    rounds = lambda table: arguments.rounds or TABLES.get(table, ROUNDS)
-    device = jax.devices()[0].device_kind
-    circumstances = f"{time.strftime('%Y-%m-%d')}, {device}, {cores} cores, {platform.machine()}, "
-    circumstances += f"Python {platform.python_version()}, jax {jax.__version__}"
-    print(f"{circumstances}\n")
-    if arguments.gpu:
-        import gpu
+    table, scripts = arguments.table, arguments.scripts
+    rounds = arguments.rounds or {"sizes": 3, "first-minute": 3, "whole": 1}.get(table, 20)
+    spread = table in ("devices", "whole") or (arguments.purejaxrl and table is None)
+    if spread:
+        ppo_discrete.use_cores(64)
+    cores, device = len(os.sched_getaffinity(0)), jax.devices()[0].device_kind
+    print(f"{circumstances()}, {cores} cores, {device}\n")
+    if table == "sizes":
+        by_size(scripts, rounds)
+    elif table == "trpo":
+        trpo_parts(rounds)
+    elif table == "first-minute":
+        first_minute(arguments.purejaxrl, rounds)
+    elif table == "bare":
+        scripts = [name for name in scripts if name != "trpo"]
+        compare("bare", bare_arithmetic, scripts, SETTINGS, rounds)
+    elif table == "devices":
+        compare("one device", one_device, scripts, MANY_SEEDS, rounds, spread)
+    elif table == "sb3":
+        scripts = [name for name in scripts if name != "ppo_penalty"]
+        compare("Stable-Baselines3", stable_baselines3, scripts, ONE_SEED, rounds)
+    elif arguments.against:
+        rival = partial(other_version, arguments.against)
+        compare("other", rival, scripts, ONE_SEED, rounds)
+    elif arguments.purejaxrl:
+        from purejaxrl import OURS
 
-        document = gpu.DOCUMENT if jax.default_backend() != "cpu" else None
-        gpu.table(circumstances, arguments.purejaxrl, arguments.minutes, arguments.quick, document)
-        return
-    if arguments.purejaxrl:
-        able = [name for name in arguments.scripts if name in ("ppo_discrete", "ppo_continuous")]
-        against_purejaxrl(arguments.purejaxrl, able, rounds("purejaxrl"))
-        return
-    ppo_discrete.straight_threefry()
-    if arguments.against:
-        against_others(arguments.against, arguments.scripts, rounds("against"))
-        return
-    for table in arguments.tables:
-        if table == "bare":
-            against_bare_arithmetic(arguments.scripts, rounds(table), arguments.activation)
-        elif table == "sizes":
-            by_number(arguments.scripts, arguments.seeds, arguments.environments, rounds(table))
-        else:
-            doublings = [2**i for i in range(cores.bit_length()) if 2**i < cores] + [cores]
-            by_devices(arguments.scripts, arguments.devices or doublings, cores, rounds(table))
-        print()
+        rival = partial(purejaxrl_train, arguments.purejaxrl)
+        scripts = [name for name in scripts if name in OURS]
+        settings = WHOLE if table == "whole" else SETTINGS
+        compare("PureJaxRL", rival, scripts, settings, rounds, spread, OURS)
+    else:
+        parser.error("choose a table, --against or --purejaxrl; whole needs --purejaxrl")
 
 
 if __name__ == "__main__":

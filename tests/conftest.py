@@ -12,13 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# The suite is written for the CPU: comparisons of bits hold only there.
+# The suite runs on the CPU, because only there two runs agree bit for bit.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time would go into the compiler's optimisations. They change a program's speed
-# and its rounding, so that most tests do without them, for half of that time: not those that
-# compare bits or run for long, which take `as_shipped`, nor those that start a script.
+# XLA's optimisations would take most of the suite's time. They only change the speed and the
+# rounding of a program, so most tests switch them off. Three kinds of tests keep them: tests that
+# compare bits and tests with long runs, which use `as_shipped`, and tests that start a process.
 DEFAULTS, QUICKLY = {"xla_backend_optimization_level": 3}, {"xla_backend_optimization_level": 0}
-if version("jaxlib") < "0.11":  # later it is no longer a choice, and unknown flags are fatal
+if version("jaxlib") < "0.11":  # jaxlib 0.11 has no such flag, and stops at unknown ones
     DEFAULTS["xla_cpu_use_fusion_emitters"] = True
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
 QUICK_FLAGS = "".join(f" --{name}={value}" for name, value in QUICKLY.items())
@@ -47,10 +47,10 @@ class ProbeParams(environment.EnvParams):
 class Probe(environment.Environment):
     """An environment of a few numbers, whose values can be worked out by hand.
 
-    The observation is `cue`, drawn anew (±1) in each step if `random_cue`. An episode terminates
-    after `length` steps, or is cut there by a time limit if `truncates`; with `limit` it is cut
-    after so many steps besides. The reward is `reward(cue, action, time)`, with the time counted
-    from 1.
+    The observation is [cue, time]. The cue is 1, or a new random ±1 in each step if `random_cue`.
+    An episode terminates after `length` steps, and a time limit truncates it after `limit` steps.
+    With `truncates`, the time limit is `length`, nothing terminates, and the observation is [cue].
+    The reward is `reward(cue, action, time)`, where the time counts from 1.
     """
 
     def __init__(self, reward, length=1, truncates=False, random_cue=False, limit=10**6):
@@ -71,7 +71,7 @@ class Probe(environment.Environment):
         return self.observe_time(cue, 0), ProbeState(time=0, cue=cue)
 
     def observe_time(self, cue, time):
-        # The time is visible where it matters, so that the value function exists.
+        # The value depends on the time unless the episodes only end by a time limit.
         if self.truncates:
             return cue
         return jnp.concatenate([cue, jnp.asarray([time], jnp.float32)])
@@ -102,8 +102,6 @@ class ContinuousProbe(Probe):
 
 
 PROBES = {
-    # Value of a state that always pays 1 and ends: 1.
-    "ProbeConstant-test": lambda: Probe(lambda cue, action, time: 1.0),
     # The reward is what is seen: V(cue) = cue.
     "ProbeObservation-test": lambda: Probe(lambda cue, action, time: cue, random_cue=True),
     # One reward after two steps: V = γ, then 1.
@@ -114,7 +112,7 @@ PROBES = {
     "ProbeBoth-test": lambda: Probe(
         lambda cue, action, time: 1.0 * (action == (cue > 0)), random_cue=True
     ),
-    # Pays 1 for ever, but is cut every five steps: V = 1 / (1 - γ).
+    # Pays 1 for ever; a time limit truncates after five steps: V = 1 / (1 - γ).
     "ProbeTruncated-test": lambda: Probe(lambda cue, action, time: 1.0, length=5, truncates=True),
     # Pays 1 five times and ends: V = 1 + γ + ... + γ^(4 - time).
     "ProbeTerminated-test": lambda: Probe(lambda cue, action, time: 1.0, length=5),
@@ -125,7 +123,7 @@ for name, factory in PROBES.items():
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """Environment variables of subprocesses: one compilation cache for all of them."""
+    """Environment variables for subprocesses, which share one compilation cache."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -143,9 +141,9 @@ def keys():
 
 @pytest.fixture
 def patched(tmp_path):
-    """patched("cnn") is the script that tests/edits/cnn.patch is for, as a module, changed by it.
+    """patched("cnn") applies tests/edits/cnn.patch to a copy of its script and imports the copy.
 
-    Further names are patches to what the first one made.
+    With several names, all patches are applied to the same copy, in this order.
     """
 
     def apply(*names):
@@ -155,7 +153,7 @@ def patched(tmp_path):
         (script,) = re.findall(r"^--- a/(.*)$", patches[0].read_text(), re.MULTILINE)
         shutil.copy(ROOT / script, folder)
         for patch in patches:
-            # The ceiling keeps git from finding a repository that the folder might lie in.
+            # Without the ceiling, git might find a repository around the temporary folder.
             ceiling = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}
             command = ["git", "apply", str(patch)]
             done = subprocess.run(command, cwd=folder, env=ceiling, capture_output=True, text=True)
@@ -169,5 +167,5 @@ def patched(tmp_path):
     return apply
 
 
-# `jit` as outside these tests: with XLA's defaults.
+# `jax.jit` with XLA's default optimisations, as users have it.
 as_shipped = functools.partial(jax.jit, compiler_options=DEFAULTS)

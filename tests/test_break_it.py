@@ -1,4 +1,4 @@
-"""Each bug of break_it.py, put into a copy of the scripts, is seen by the test that it names."""
+"""Each bug of break_it.py is detected by the test that it names."""
 
 import multiprocessing
 import shutil
@@ -9,16 +9,16 @@ import pytest
 from break_it import MUTATIONS, broken, run_tests, table
 from conftest import ROOT
 
-# To import these takes longer than most of the tests. It is done once, in a server of which the
-# process of each test is a fork. None of them starts a backend of JAX, whose threads a fork would
-# lack; gymnax does, so that it is imported in each.
+# Importing these modules takes longer than most tests. A server imports them once, and each test
+# runs in a fork of the server. The server must not start a backend of JAX, because a fork would not
+# have its threads. Importing gymnax starts one, so each fork imports gymnax for itself.
 LIBRARIES = ["jax", "flax.linen", "optax", "chex", "tyro", "orbax.checkpoint", "scipy.stats"]
 LIBRARIES += ["jax.experimental.multihost_utils", "scipy.optimize", "pytest"]
 
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """What became of the tests that are to be run with each bug, in processes of their own."""
+    """Run the test of each bug in a process of its own; outcomes(name) waits for the result."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     calls = [getattr(item, "callspec", None) for item in request.session.items]
@@ -39,7 +39,7 @@ def outcomes(request, tmp_path_factory):
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_bug_is_seen(name, outcomes):
     code, raised, output = outcomes(name)
-    # An assertion that does not hold: no other error, and none of collecting the test.
+    # An assertion has failed. Any other error would be a bug in the test or in break_it.py.
     assert code == pytest.ExitCode.TESTS_FAILED and {*raised} == {"AssertionError"}, output
 
 

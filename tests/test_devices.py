@@ -1,249 +1,139 @@
-"""Several devices, and several processes: on the CPU, over loopback."""
+"""Several devices and several processes, on the CPU."""
 
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import jax
 import pytest
 from conftest import ROOT
-from test_command_line import (
-    QUICK,
-    end,
-    every_time,
-    only_run,
-    rows_of,
-    wait_for_run,
-    wait_for_update,
-)
+from kill_and_resume import FLAGS, ROWS, command, only_run, read_files, wait_for_rows
 
 import ppo_discrete
 
-SEEDS = ["--num-seeds", "4", *QUICK[2:]]
+
+@pytest.fixture
+def quick(environment):
+    """Environment variables for subprocesses that compile as quickly as these tests do."""
+    return {**environment, "XLA_FLAGS": os.environ["XLA_FLAGS"]}
 
 
-def devices(number):
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={number}"}
-
-
-TRAIN = """
-import importlib, re, sys
+SEEDS = """
+import re, sys
 from dataclasses import replace
-import chex, jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-script = importlib.import_module(sys.argv[1])
-script.straight_threefry()  # as the command line does; it compiles in half the time
-config = script.default_config(sys.argv[2])
-config = replace(config, num_seeds=8, total_timesteps=4 * config.batch_size, normalize_obs=True)
-seeds = np.arange(8)
+from functools import partial
+import jax, numpy as np
+import ppo_discrete as ppo
 
-def train():
-    run = script.over_seeds(lambda seed: script.train(config, jax.random.key(seed)))
+devices = int(sys.argv[1])
+assert jax.device_count() == devices
+config = ppo.Config(num_envs=4, num_steps=16, hidden_sizes=(8,), total_timesteps=64 * 8)
+config = replace(config, normalize_obs=True)
+
+def train(seeds):
+    # Returns every number that training has computed, and the number of devices that took part.
+    run = ppo.over_seeds(lambda seed: ppo.train(config, jax.random.key(seed)), len(seeds))
     compiled = run.lower(seeds).compile()
-    exchanges = r"all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv"
+    exchanges = "all-reduce|all-gather|all-to-all|collective|reduce-scatter|send|recv"
     assert not re.findall(exchanges, compiled.as_text())
-    state, metrics = run(seeds)
+    state, metrics = compiled(seeds)
+    used = len(state.obs.sharding.device_set)
     state = state._replace(key=jax.random.key_data(state.key))
-    return len(state.obs.sharding.device_set), jax.device_get((state, metrics))
+    return [np.asarray(x) for x in jax.tree.leaves((state, metrics))], used
 
-number, four = train()
-assert number == jax.device_count() == 4
-first = jax.make_mesh((1,), ("seed",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-script.seed_axis = lambda: NamedSharding(first, PartitionSpec("seed"))
-number, one = train()
-assert number == 1
-chex.assert_trees_all_equal(four, one)
+eight, used = train(np.arange(8))
+assert used == devices
+seven, used = train(np.arange(3, 10))
+assert used == (7 if devices == 8 else 1)
+if devices == 8:  # each seed has a device of its own
+    for a, b in zip(eight, seven):
+        np.testing.assert_array_equal(a[3:], b[:5])
+else:  # each device has two seeds
+    others, used = train(np.arange(4, 12))
+    assert used == devices
+    for a, b in zip(eight, others):
+        np.testing.assert_array_equal(a[4:], b[:4])
 """
 
 
 @pytest.mark.parametrize(
-    ("script", "env_id"),
+    "number, settings",
     [
-        ("ppo_discrete", "CartPole-v1"),
-        ("ppo_continuous", "Pendulum-v1"),
-        ("ppo_penalty", "Pendulum-v1"),
-        ("trpo", "CartPole-v1"),  # has a loop whose length differs between seeds
+        (8, {"JAX_NUM_CPU_DEVICES": "8"}),
+        (4, {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}),
     ],
 )
-def test_four_devices_compute_the_bits_of_one_without_talking(script, env_id, environment):
-    # Eight seeds on one device, two on each of four. Without the flag XLA takes other loops for the
-    # sums of two seeds than for those of eight. (`normalize_obs` covers the statistics, too.)
-    flags = f"{devices(4)['XLA_FLAGS']} --xla_cpu_experimental_ynn_fusion_type=-reduce"
-    subprocess.run(
-        [sys.executable, "-c", TRAIN, script, env_id],
-        cwd=ROOT,
-        env={**environment, "XLA_FLAGS": flags},
-        check=True,
-        timeout=300,
-    )
-
-
-def test_seeds_must_divide_over_the_devices(environment, tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "ppo_discrete.py"), "--num-seeds", "6"],
-        cwd=tmp_path,
-        env={**environment, **devices(4)},
-        text=True,
-        capture_output=True,
-    )
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "num_seeds = 6 does not divide over 4 devices" in result.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_distributed_without_an_address_is_explained(environment, tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "ppo_discrete.py"), "--distributed"],
-        cwd=tmp_path,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "JAX_COORDINATOR_ADDRESS" in result.stderr
+def test_seeds_do_not_depend_on_each_other(number, settings, quick, tmp_path):
+    (tmp_path / "seeds.py").write_text(SEEDS)
+    env = {**quick, "PYTHONPATH": str(ROOT), **settings}
+    subprocess.run([sys.executable, "seeds.py", str(number)], cwd=tmp_path, env=env, check=True)
 
 
 @pytest.mark.parametrize(
-    "settings, arguments, expected",
-    [
-        ({"XLA_FLAGS": devices(3)["XLA_FLAGS"]}, ["--num-seeds", "3"], 3),
-        ({"JAX_NUM_CPU_DEVICES": "3"}, ["--num-seeds", "3"], 3),
-        ({"JAX_NUM_CPU_DEVICES": "1"}, ["--num-seeds", "4"], 1),
-        ({}, ["--num-seeds", "1"], 1),
-        ({}, ["--num-seeds", "64"], None),  # one per core
-    ],
+    "num_seeds, cores, devices", [(8, 6, 4), (7, 4, 1), (9, 6, 3), (1, 6, 1), (64, 6, 4), (6, 6, 6)]
 )
-def test_there_is_a_device_per_core_or_as_many_as_were_asked_for(
-    settings, arguments, expected, environment, tmp_path
-):
-    arguments = [*arguments, *QUICK[2:], "--total-timesteps", "64"]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "ppo_discrete.py"), *arguments],
-        cwd=tmp_path,
-        env={**environment, **settings},
-        text=True,
-        capture_output=True,
-    )
-    assert result.returncode == 0, result.stderr
-    number = int(re.search(r"64 steps, on (\d+) x cpu", result.stdout)[1])
-    if expected is None:
-        assert number == max(n for n in (1, 2, 4, 8, 16, 32, 64) if n <= cores_of_this_process())
-    else:
-        assert number == expected
+def test_as_many_cores_are_used_as_divide_the_seeds(num_seeds, cores, devices, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    updates = {}
+    monkeypatch.setattr(jax.config, "update", updates.__setitem__)
+    ppo_discrete.use_cores(num_seeds)
+    assert updates == {"jax_num_cpu_devices": devices}
+    # The user's own choice counts.
+    updates.clear()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    ppo_discrete.use_cores(num_seeds)
+    assert updates == {}
 
 
-def cores_of_this_process():
-    """The cores that this process may use."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists() and quota.read_text().split()[0] != "max":
-        share, period = map(int, quota.read_text().split())
-        cores = max(1, min(cores, share // period))
-    return cores
+def test_several_processes_need_seeds_for_all_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    with pytest.raises(ppo_discrete.UserError, match="num_seeds must be a multiple of 4"):
+        ppo_discrete.over_seeds(lambda seed: seed, 6)
 
 
-@pytest.mark.parametrize("text", ["it is gone\nsee above", ""])
-def test_a_lost_process_ends_this_one_with_a_reason(text, monkeypatch, capsys):
-    # Some of JAX's errors have no text.
-    def run_command(flags):
-        raise jax.errors.JaxRuntimeError(text)
-
-    flags = ppo_discrete.Flags(ppo_discrete.Config(), distributed=True)
-    monkeypatch.setattr(ppo_discrete, "parse_flags", lambda: flags)
-    for name in ("straight_threefry", "join_processes"):
-        monkeypatch.setattr(ppo_discrete, name, lambda: None)
-    monkeypatch.setattr(ppo_discrete, "run_command", run_command)
-
-    def said(processes):
-        monkeypatch.setattr(jax, "process_count", lambda: processes)
-        with pytest.raises(SystemExit) as end:
-            ppo_discrete.main()
-        assert end.value.code == 1
-        return capsys.readouterr().err
-
-    together = said(2)
-    assert "the processes cannot go on together: " in together and "--resume" in together
-    assert ("it is gone" if text else "JaxRuntimeError") in together
-    assert "Traceback" not in together
-    # Alone there is nobody to lose: this is a fault, and shows where it is.
-    assert "together" not in said(1) and "Traceback" in said(1)
-
-
-def test_two_processes_do_what_one_does_and_survive_a_death(environment, tmp_path, request):
-    script = tmp_path / "ppo_discrete.py"
-    shutil.copy(ROOT / "ppo_discrete.py", script)
-    every_time(script, 1)
-    long = [*SEEDS, "--total-timesteps", str(64 * 1000)]
+def test_two_processes_write_the_files_of_one(quick, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    shutil.copy(ROOT / "ppo_discrete.py", folders[0])
+    shutil.copy(folders[0] / "ppo_discrete.py", folders[1])
 
     def start(*arguments):
+        """Start two processes with one device each, which train a run together."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-        # What they say goes to files: a pipe that nobody empties in time would stop them.
-        processes = [
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        arguments = command("ppo_discrete", "--distributed", *arguments, save_always=True)
+        together = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        return [
             subprocess.Popen(
-                [sys.executable, str(script), "--distributed", *arguments],
-                cwd=tmp_path,
-                env={**environment, **devices(2), **address, "JAX_PROCESS_ID": str(index)},
-                stdout=(tmp_path / f"said_{index}").open("w"),
+                arguments,
+                cwd=folders[1],
+                env={**quick, **together, "JAX_PROCESS_ID": str(index)},
+                stdout=(tmp_path / f"output_{index}").open("w"),
                 stderr=subprocess.STDOUT,
             )
             for index in range(2)
         ]
-        request.addfinalizer(lambda: end(processes))
-        return processes
 
-    def ends(processes):
-        codes = [process.wait(timeout=300) for process in processes]
-        said = [(tmp_path / f"said_{index}").read_text() for index in range(2)]
-        print(*said, sep="\n----\n")  # pytest shows it if the test fails
-        return codes, *said
+    processes = start(*FLAGS)
+    wait_for_rows(folders[1], ROWS // 4, processes[0])
+    for process in processes:
+        process.kill()
+        process.wait()
+    run_dir = only_run(folders[1])
+    processes = start("--resume", run_dir.relative_to(folders[1]))
+    outputs = [tmp_path / f"output_{index}" for index in range(2)]
+    codes = [process.wait(timeout=300) for process in processes]
+    first, second = [path.read_text() for path in outputs]
+    assert codes == [0, 0], first + second
+    assert "mean of 8 seeds" in first and "seed" not in second  # only the first process prints
 
-    # One of them is killed: the other says so and ends.
-    processes = start(*long)
-    run_dir = wait_for_run(tmp_path, *processes)
-    wait_for_update(run_dir, 200, *processes)
-    processes[1].kill()
-    killed = time.monotonic()
-    codes, said, _ = ends(processes)
-    assert codes[1] == -signal.SIGKILL and time.monotonic() - killed < 150
-    resume = str(run_dir.relative_to(tmp_path))
-    if codes[0] == 1:
-        assert "the processes cannot go on together" in said
-        assert f"writing {resume}" in said and "Traceback" not in said
-    else:  # JAX's own thread was the first to notice, and ended it
-        assert codes[0] == -signal.SIGABRT and "another task died" in said
-
-    # Both go on from the checkpoint, until one of them is asked to stop: then both do.
-    before = len(rows_of(run_dir / "metrics.csv"))
-    processes = start("--resume", resume)
-    wait_for_update(run_dir, before // 4 + 200, *processes)
-    processes[1].send_signal(signal.SIGTERM)
-    codes, said, said_by_other = ends(processes)
-    assert codes == [128 + signal.SIGTERM] * 2
-    assert f"--resume {resume}" in said and "stopped after update" not in said_by_other
-    assert len(rows_of(run_dir / "metrics.csv")) < 4 * 1000
-
-    codes, *_ = ends(start("--resume", resume))
-    assert codes == [0, 0]
-
-    # One process with four devices writes the same bits.
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    shutil.copy(ROOT / "ppo_discrete.py", alone)
-    subprocess.run(
-        [sys.executable, "ppo_discrete.py", *long],
-        cwd=alone,
-        env={**environment, **devices(4)},
-        check=True,
-        capture_output=True,
-    )
-    for name in ("metrics.csv", "evaluation.csv"):
-        assert (run_dir / name).read_bytes() == (only_run(alone) / name).read_bytes()
+    env = {**quick, "JAX_NUM_CPU_DEVICES": "2"}
+    one = command("ppo_discrete", *FLAGS)
+    subprocess.run(one, cwd=folders[0], env=env, check=True, capture_output=True)
+    assert read_files(folders[1]) == read_files(folders[0])

@@ -10,8 +10,7 @@ import scipy.stats
 
 import ppo_discrete
 import ppo_penalty
-import trpo
-from trpo import Categorical  # that of ppo_discrete, and `kl` (test_shared_code.py)
+from ppo_penalty import Categorical  # the same as in ppo_discrete, with `kl` in addition
 
 
 @pytest.fixture(autouse=True)
@@ -156,19 +155,6 @@ def test_gae_on_a_worked_example():
     np.testing.assert_allclose(truncated[:, 0], [-4 - 4 / 4, -4, -4])
 
 
-def test_gae_cuts_a_batch_into_its_episodes():
-    reward, value, next_value, terminated, done = random_rollout(N=1)
-    whole, _ = ppo_discrete.gae(reward, value, next_value, terminated, done, 0.99, 0.95)
-    ends = [*(np.flatnonzero(done[:, 0]) + 1), len(done)]
-    start = 0
-    for end in ends:
-        part = (x[start:end] for x in (reward, value, next_value, terminated, done))
-        if end > start:
-            advantage, _ = ppo_discrete.gae(*part, 0.99, 0.95)
-            np.testing.assert_allclose(whole[start:end], advantage, rtol=1e-10)
-        start = end
-
-
 def test_gae_with_lambda_one_is_the_discounted_return_minus_the_value():
     reward, value = random((6, 1)), random((6, 1), 1)
     next_value = np.vstack([value[1:], [[7.0]]])
@@ -191,26 +177,44 @@ def test_gae_is_unchanged_by_potential_based_shaping():
     np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)
 
 
-# ---- Losses and normalisation ----
+def test_gae_ignores_the_value_after_the_end_and_keeps_episodes_apart():
+    reward, value, next_value, terminated, done = random_rollout()
+    clean, _ = ppo_discrete.gae(reward, value, next_value, terminated, done, 0.9, 0.8)
+    # An environment may return anything as the observation after a terminated step.
+    after_the_end = np.where(terminated, np.nan, next_value)
+    advantage, _ = ppo_discrete.gae(reward, value, after_the_end, terminated, done, 0.9, 0.8)
+    np.testing.assert_array_equal(advantage, clean)
+    # A NaN reward affects its own step and the earlier steps of the same episode.
+    step, env = 20, 1
+    start = np.flatnonzero(done[:step, env]).max() + 1
+    assert 0 < start < step and done[step:, env].any()
+    reward[step, env] = np.nan
+    advantage, _ = ppo_discrete.gae(reward, value, next_value, terminated, done, 0.9, 0.8)
+    clean = np.array(clean)
+    clean[start : step + 1, env] = np.nan
+    np.testing.assert_allclose(advantage, clean, rtol=1e-12)
 
 
-def test_the_clipped_critic_loss_takes_the_larger_error():
+# ---- Losses ----
+
+
+def test_value_clipping_takes_the_larger_error():
     # Old value 1, ε = 0.2: V = 1.5 is clipped to 1.2, V = 1.1 is not.
     f = lambda v, target, *eps: float(
-        ppo_discrete.critic_loss(jnp.full(1, v), jnp.full(1, target), jnp.full(1, 1.0), *eps)
+        ppo_discrete.value_loss(jnp.full(1, v), jnp.full(1, target), jnp.full(1, 1.0), *eps)
     )
-    assert f(1.5, 2.0, 0.2) == pytest.approx(0.5 * 0.8**2)  # clipped error is larger
-    assert f(1.5, 1.0, 0.2) == pytest.approx(0.5 * 0.5**2)  # plain error is larger
+    assert f(1.5, 2.0, 0.2) == pytest.approx(0.5 * 0.8**2)  # the clipped error is larger
+    assert f(1.5, 1.0, 0.2) == pytest.approx(0.5 * 0.5**2)  # the plain error is larger
     assert f(1.1, 2.0, 0.2) == pytest.approx(0.5 * 0.9**2)  # inside the band both are equal
-    assert f(0.5, 0.0, 0.2) == pytest.approx(0.5 * 0.8**2)  # likewise below: 0.8 instead of 0.5
-    assert f(1.5, 2.0) == f(1.5, 2.0, None) == pytest.approx(1 / 8)  # without ε the plain one
-    assert f(1.5, 2.0, 0.0) == pytest.approx(0.5)  # ε = 0 is none that is missing
+    assert f(0.5, 0.0, 0.2) == pytest.approx(0.5 * 0.8**2)  # below the band: 0.8 instead of 0.5
+    assert f(1.5, 2.0) == f(1.5, 2.0, None) == pytest.approx(1 / 8)  # without ε
+    assert f(1.5, 2.0, 0.0) == pytest.approx(0.5)  # ε = 0 clips, and is not the same as no ε
 
 
-@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
-def test_the_critic_loss_is_half_the_mean_square(script):
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty])
+def test_the_value_loss_is_half_the_mean_square(script):
     old_value = [jnp.asarray([7.0, 7.0])] if script is ppo_discrete else []
-    f = lambda value: script.critic_loss(value, jnp.asarray([2.0, 4.0]), *old_value)
+    f = lambda value: script.value_loss(value, jnp.asarray([2.0, 4.0]), *old_value)
     value = jnp.asarray([1.0, 7.0])
     assert float(f(value)) == pytest.approx(0.5 * (1 + 9) / 2)
     np.testing.assert_allclose(jax.grad(f)(value), [-0.5, 1.5], rtol=1e-12)
@@ -220,10 +224,10 @@ def test_the_critic_loss_is_half_the_mean_square(script):
     "function, shapes",
     [
         (ppo_discrete.clipped_surrogate, [(4,), (4, 1), ()]),
-        (ppo_discrete.critic_loss, [(4,), (4, 1), (4,)]),
-        (ppo_discrete.critic_loss, [(4,), (4,), (4, 1)]),
+        (ppo_discrete.value_loss, [(4,), (4, 1), (4,)]),
+        (ppo_discrete.value_loss, [(4,), (4,), (4, 1)]),
         (ppo_penalty.surrogate, [(4,), (4, 1)]),
-        (ppo_penalty.critic_loss, [(4,), (4, 1)]),
+        (ppo_penalty.value_loss, [(4,), (4, 1)]),
         (ppo_discrete.gae, [(4,)] * 5 + [(), ()]),  # one environment without its axis
         (ppo_discrete.gae, [(4, 2), (4, 2), (4, 1), (4, 2), (4, 2), (), ()]),
     ],
@@ -233,6 +237,9 @@ def test_shapes_that_would_broadcast_are_refused(function, shapes):
         jax.eval_shape(function, *(jax.ShapeDtypeStruct(shape, float) for shape in shapes))
 
 
+# ---- Normalisation ----
+
+
 def test_normalize_advantage():
     x = jnp.asarray([1.0, 2.0, 3.0, 4.0])
     expected = np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(1.25)
@@ -240,7 +247,7 @@ def test_normalize_advantage():
     np.testing.assert_allclose(normalize(x), expected, rtol=1e-7)
     table = normalize(x.reshape(2, 2))  # over all axes at once
     np.testing.assert_allclose(table, expected.reshape(2, 2), rtol=1e-7)
-    np.testing.assert_array_equal(ppo_discrete.normalize_advantage(jnp.full(5, 3.0)), np.zeros(5))
+    np.testing.assert_array_equal(normalize(jnp.full(5, 3.0)), np.zeros(5))
 
 
 def test_running_stats_equal_the_statistics_of_all_data():
@@ -249,13 +256,26 @@ def test_running_stats_equal_the_statistics_of_all_data():
     for part in parts:
         stats = ppo_discrete.update_stats(stats, jnp.asarray(part))
     data = np.concatenate([part.reshape(-1, 3) for part in parts])
-    np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-4)
-    np.testing.assert_allclose(stats.var, data.var(0), rtol=1e-4)
-    assert float(stats.count) == pytest.approx(84, abs=1e-3)
+    np.testing.assert_allclose(stats.mean, data.mean(0), rtol=1e-6)  # the count is a float32
+    np.testing.assert_allclose(stats.var, data.var(0), rtol=1e-6)
+    assert float(stats.count) == 84
+    assert ppo_discrete.update_stats(None, parts[0]) is None
 
 
-def test_statistics_of_nothing_are_nothing():
-    assert ppo_discrete.update_stats(None, jnp.ones((2, 3))) is None
+def test_running_stats_survive_large_numbers_in_float32():
+    with jax.enable_x64(False):
+        # A component that never changes is normalised to 0, although its variance is 0.
+        constant = jnp.full((16, 16, 1), 12345.678, jnp.float32)
+        stats = ppo_discrete.init_stats((1,))
+        for _ in range(3):
+            stats = ppo_discrete.update_stats(stats, constant)
+            np.testing.assert_allclose(ppo_discrete.normalize(constant, stats), 0, atol=1e-3)
+        # At 1e6 neighbouring floats are 1/16 apart; E[x²] - E[x]² would be off by thousands.
+        x = jnp.float32(1e6 + random((16, 16, 1)))
+        stats = ppo_discrete.update_stats(ppo_discrete.init_stats((1,)), x)
+        np.testing.assert_allclose(stats.var, np.var(np.float64(x)), rtol=0.01)
+        np.testing.assert_allclose(ppo_discrete.normalize(x, stats).var(), 1, rtol=0.03)
+        np.testing.assert_allclose(ppo_discrete.normalize(x, stats).mean(), 0, atol=0.05)
 
 
 def test_normalize_centres_on_request_and_clips_at_ten():
@@ -268,52 +288,35 @@ def test_normalize_centres_on_request_and_clips_at_ten():
     assert ppo_discrete.normalize(x, None, center=False) is x
 
 
-# ---- Shuffling and initialisation ----
+# ---- Random orders and initial weights ----
 
 
-def shuffle(seed, epochs, batch_size, parts):
-    config = ppo_discrete.Config(
-        num_envs=1, num_steps=batch_size, update_epochs=epochs, num_minibatches=parts
-    )
-    return ppo_discrete.shuffled_indices(jax.random.key(seed), config)
+@pytest.mark.parametrize("size", [1, 6, 64, 1000, 2**15, 2**17])
+def test_random_orders_are_permutations(size):
+    orders = np.asarray(ppo_discrete.random_orders(jax.random.key(0), 3, size))
+    np.testing.assert_array_equal(np.sort(orders, axis=1), [np.arange(size)] * 3)
+    if size >= 1000:  # each row is another order
+        assert (orders[0] != orders[1]).mean() > 0.9
+    if size > 2**15:  # half of the steps go up, which ties that stay in order would increase
+        assert (np.diff(orders) > 0).mean() == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("batch_size", [1, 6, 64, 1000])
-def test_shuffled_indices_are_permutations(batch_size):
-    parts = 2 if batch_size % 2 == 0 else 1
-    indices = shuffle(0, 3, batch_size, parts)
-    assert indices.shape == (3 * parts, batch_size // parts)
-    epochs = np.asarray(indices).reshape(3, batch_size)
-    for epoch in epochs:
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(batch_size))
-    if batch_size == 1000:
-        assert (epochs[0] != epochs[1]).mean() > 0.9
-
-
-def test_shuffled_indices_are_uniform():
-    # Each index is equally often at each place: 6000 shuffles of 6, chi-square over 36 cells.
-    indices = shuffle(1, 6000, 6, 1)
-    counts = np.stack([np.bincount(column, minlength=6) for column in np.asarray(indices).T])
+def test_random_orders_are_uniform():
+    # Each index is equally often in each place: 6000 orders of 6, chi-square over 36 cells.
+    orders = np.asarray(ppo_discrete.random_orders(jax.random.key(1), 6000, 6))
+    counts = np.stack([np.bincount(column, minlength=6) for column in orders.T])
     assert scipy.stats.chisquare(counts.ravel()).pvalue > 1e-3
-    # ... and neighbours stay neighbours no more often than chance: 2/6 of the time.
-    places = np.argsort(indices, axis=1)
+    # Two indices are neighbours in 2/6 of all orders.
+    places = np.argsort(orders, axis=1)
     neighbours = (np.abs(places[:, 0] - places[:, 1]) == 1).mean()
     assert neighbours == pytest.approx(1 / 3, abs=0.03)
 
 
-@pytest.mark.parametrize("shape", [(4, 64), (64, 64), (400, 64), (64, 1)])
-def test_orthogonal_initialiser(shape):
-    for seed in range(5):
-        w = np.asarray(ppo_discrete.orthogonal(3.0)(jax.random.key(seed), shape, jnp.float64)) / 3
-        w = w if shape[0] >= shape[1] else w.T
-        np.testing.assert_allclose(w.T @ w, np.eye(w.shape[1]), atol=1e-6)
-
-
-def test_orthogonal_initialiser_is_uniform():
-    # A uniformly distributed rotation has entries of mean 0 and variance 1/n, for every entry.
-    init = ppo_discrete.orthogonal(1.0)
-    w = jax.vmap(lambda key: init(key, (3, 3), jnp.float64))(
-        jax.random.split(jax.random.key(0), 4000)
-    )
-    np.testing.assert_allclose(w.mean(0), 0, atol=0.04)
-    np.testing.assert_allclose((w**2).mean(0), 1 / 3, atol=0.03)
+def test_orthogonal_weights_do_not_depend_on_vmap():
+    init = ppo_discrete.orthogonal(3.0)
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = jax.vmap(lambda key: init(key, (6, 4), jnp.float64))(keys)
+    for key, w in zip(keys, weights, strict=True):
+        np.testing.assert_allclose(w.T @ w, 9 * np.eye(4), atol=1e-12)
+        np.testing.assert_allclose(w, init(key, (6, 4), jnp.float64), rtol=1e-12)
+    assert not np.allclose(weights[0], weights[1])

@@ -1,6 +1,7 @@
 """The blocks of docs/recipes.md do what the text around them says."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -11,17 +12,23 @@ import subprocess
 import sys
 import time
 
+import gymnax
 import jax
-import matplotlib.pyplot
+import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+import ppo_continuous
 import ppo_discrete
+import ppo_penalty
+import trpo
 
+SCRIPTS = [ppo_discrete, ppo_continuous, ppo_penalty, trpo]
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()
-EXAMPLE = r"runs/[A-Za-z]+-\w+__ppo_discrete__0__20261121-120000"
+EXAMPLE = r"runs/[A-Za-z]+-\w+__ppo_discrete__0__20261121-120000-4242"
 
 
 def block(name, language="python"):
@@ -31,25 +38,28 @@ def block(name, language="python"):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, environment):
-    """The directory of a short run of two seeds that has ended."""
+def trained(tmp_path_factory):
+    """The folder of a short run of two seeds that has ended."""
     folder = tmp_path_factory.mktemp("trained")
     flags = "--env-id Catch-bsuite --num-seeds 2 --num-envs 4 --num-steps 32 --hidden-sizes 16"
-    command = [sys.executable, str(ROOT / "ppo_discrete.py"), *flags.split()]
-    command += ["--total-timesteps", "12800", "--normalize-obs"]
-    subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=True)
+    flags += " --total-timesteps 12800 --learning-rate 1e-3 --normalize-obs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "argv", ["ppo_discrete.py", *flags.split()])
+        ppo_discrete.run(ppo_discrete.parse_flags())
     (run,) = (folder / "runs").iterdir()
     return run
 
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Execute a block in an empty folder, with other texts in the places of some: its names."""
+    """Execute a block in an empty folder, after replacing some texts. Returns its variables."""
 
     def execute(code, *changes):
         monkeypatch.chdir(tmp_path)
-        matplotlib.pyplot.switch_backend("agg")
-        monkeypatch.setattr("matplotlib.pyplot.switch_backend", lambda _: None)  # to a window
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        matplotlib.use("agg")
         for pattern, text in changes:
             code, count = re.subn(pattern, text.replace("\\", r"\\"), code)
             assert count == 1, pattern
@@ -60,12 +70,53 @@ def execute(tmp_path, monkeypatch):
     return execute
 
 
+# ---- Which environment, how ----
+
+
+def test_the_table_of_environments(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import environments
+
+    optional = (ROOT / "benchmarks" / "requirements.txt").read_text()
+    rows = RECIPES.split("<!-- environments -->\n")[1].split("\n\n")[0].splitlines()[2:]
+    scripts = {script.SCRIPT: script for script in SCRIPTS}
+    for row in rows:
+        name, env_id = re.search(r"`python (\w+)\.py --env-id (\S+)`", row).groups()
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--env-id", env_id])
+        assert scripts[name].parse_flags().config.env_id == env_id
+        module, _, last = env_id.rpartition(":")
+        assert module in ("", "point", "environments")
+        if not module:
+            assert last in gymnax.registered_envs
+        if module == "environments":
+            assert last.rpartition("-")[2] in environments.ADAPTERS
+            assert re.search(r'pip install "(\S+)"', row)[1] in optional
+    assert len(rows) == 5
+
+
+# ---- Load a trained agent ----
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.SCRIPT)
+def test_an_agent_is_loaded(script, execute, tmp_path):
+    # `load_run` returns the initial state of a run that has no checkpoint.
+    config = script.Config(num_seeds=2, num_envs=4, num_steps=16, hidden_sizes=(8,))
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    changes = (EXAMPLE, str(tmp_path)), ("import ppo_discrete", f"import {script.SCRIPT}")
+    names = execute(block("load"), *changes)
+    assert names["updates_done"] == 0 and names["config"] == config
+    action = names["action"]
+    if script is ppo_continuous:
+        action = script.bound_action(action, names["env"].action_space)
+    assert action.shape == (1, *names["env"].action_space.shape)
+
+
 # ---- See the agent ----
 
 
 def test_the_episode_becomes_a_picture(trained, execute, tmp_path):
     names = execute(block("watch"), (EXAMPLE, str(trained)))
-    # Catch lasts nine steps; what is played is what `evaluate` plays.
+    # An episode of Catch has nine steps, and `evaluate` plays the same ones.
     assert len(names["seen"]) == 9 and len(names["rewards"]) == 9
     state = names["state"]
     returns, lengths = ppo_discrete.evaluate(names["config"], state, jax.random.key(0), 20)
@@ -76,30 +127,20 @@ def test_the_episode_becomes_a_picture(trained, execute, tmp_path):
         for frame in range(9):
             picture.seek(frame)
             frames.append(np.asarray(picture.convert("L"), float)[40:])  # below the title
-    # The ball falls a row in each step: every frame differs from that before.
+    # The ball falls by one row in each step, so every frame differs from the one before.
     assert all(np.abs(a - b).max() > 50 for a, b in itertools.pairwise(frames))
-
-
-def test_brax_draws_a_picture(monkeypatch, tmp_path):
-    monkeypatch.setenv("MUJOCO_GL", "egl")  # before MuJoCo is imported
-    envs = pytest.importorskip("brax.envs")
-    env = envs.get_environment("hopper", backend="spring")
-    state = jax.jit(env.reset)(jax.random.key(0)).pipeline_state
-    flat = state.replace(q=state.q.at[1].add(-1.0))
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block("brax"), "docs/recipes.md", "exec"), {"seen": [state] * 4 + [flat]})
-    with Image.open(tmp_path / "episode.gif") as picture:
-        assert picture.n_frames == 2 and picture.size == (240, 160)
 
 
 # ---- Follow the curves ----
 
 
+RUN, FOLLOW = block("tail", "sh").splitlines(keepends=True)
+READ = RUN + re.search(r"`(python follow.py .* < .*)`", RECIPES)[1]
 METRICS = """seed,update,env_step,episodic_return,clip_fraction
-3,1,64,,0.25
+3,1,64,nan,0.25
 4,1,64,12.5,0.5
 3,2,128,20,0
-4,2,128,,0.125
+4,2,128,nan,0.125
 """
 SEEN = {  # of each seed: tag, step and value
     "3": {
@@ -118,7 +159,7 @@ SEEN = {  # of each seed: tag, step and value
 @pytest.fixture
 def start(tmp_path):
     """Start a shell block in a folder that has follow.py, and a run without rows."""
-    run = tmp_path / "runs" / "CartPole-v1__ppo_discrete__0__20261121-120000"
+    run = tmp_path / "runs" / "CartPole-v1__ppo_discrete__0__20261121-120000-4242"
     run.mkdir(parents=True)
     (run / "metrics.csv").touch()
     started = []
@@ -154,10 +195,8 @@ def events(run):
 
 def test_tensorboard_follows_a_run(start):
     pytest.importorskip("tensorboardX")
-    command, tensorboard = block("tail", "sh").split("&\n")
-    assert tensorboard == "tensorboard --logdir runs\n"
     code = block("follow").replace("flush_secs=5", "flush_secs=0.1")
-    run, process = start(command, code)
+    run, process = start(RUN + FOLLOW, code)
     half = METRICS.index("12.5") + 2  # in the middle of a number
     first = {"3": {("losses/clipfrac", 64, 0.25)}}
     for text, expected in ((METRICS[:half], first), (METRICS[half:], SEEN)):
@@ -168,11 +207,19 @@ def test_tensorboard_follows_a_run(start):
             time.sleep(0.1)
             found = events(run)
         assert found == expected
+    # Ctrl-C ends all processes of the pipeline.
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 def test_tensorboard_reads_a_run_that_has_ended(start):
     pytest.importorskip("tensorboardX")
-    run, process = start("sleep 0.1\n" + block("read", "sh"), block("follow"))
+    run, process = start("sleep 0.1\n" + READ, block("follow"))
     (run / "metrics.csv").write_text(METRICS)
     assert process.wait(60) == 0
     assert events(run) == SEEN
@@ -202,7 +249,7 @@ def test_three_lines_make_it_weights_and_biases(start, tmp_path):
     for old, new in zip(lines[::2], lines[1::2], strict=True):
         assert (old[0], new[0], code.count(old[1:])) == ("-", "+", 1)
         code = code.replace(old[1:], new[1:])
-    run, process = start("sleep 0.1\n" + block("read", "sh"), code)
+    run, process = start("sleep 0.1\n" + READ, code)
     (run / "metrics.csv").write_text(METRICS)
     assert process.wait(60) == 0
     found = {}
@@ -218,41 +265,77 @@ def test_three_lines_make_it_weights_and_biases(start, tmp_path):
 
 def test_a_run_begins_with_the_policy_of_another(trained, execute):
     names = execute(block("continue"), (EXAMPLE, str(trained)), ("200_000", "12_800"))
-    states, earlier, metrics = names["states"], names["earlier"], names["metrics"]
-    # The statistics go on, Adam does not.
-    np.testing.assert_allclose(earlier.return_stats.count, 12_800, rtol=1e-4)
-    np.testing.assert_allclose(states.return_stats.count, 25_600, rtol=1e-4)
-    np.testing.assert_allclose(states.obs_stats.count, 25_600, rtol=1e-4)
-    np.testing.assert_array_equal(states.updates_done, 100)
-    np.testing.assert_allclose(metrics["learning_rate"][:, 0], 1e-3, rtol=1e-6)
+    state, earlier, returns = names["state"], names["earlier"], names["returns"]
+    # The statistics continue.
+    np.testing.assert_allclose(earlier.reward_stats.count, 12_800, rtol=1e-4)
+    np.testing.assert_allclose(state.reward_stats.count, 25_600, rtol=1e-4)
+    np.testing.assert_allclose(state.obs_stats.count, 25_600, rtol=1e-4)
+    assert names["config"].learning_rate == pytest.approx(1e-3 / 3)
+    assert returns.shape == (2, 100)
     # A policy that knows nothing catches one ball in five, and returns -0.6.
-    assert (metrics["episodic_return"][:, :5].mean(axis=1) > 0.5).all()
+    assert (np.nanmean(returns[:, :5], axis=1) > 0.5).all()
 
 
 def test_a_resumed_run_keeps_its_budget(trained, monkeypatch):
     arguments = ["--resume", str(trained), "--total-timesteps", "1000000"]
     monkeypatch.setattr(sys, "argv", ["ppo_discrete.py", *arguments])
-    with pytest.raises(ppo_discrete.Failure) as failure:
+    with pytest.raises(ppo_discrete.UserError, match="a resumed run keeps its hyperparameters"):
         ppo_discrete.parse_flags()
-    expected = re.sub(EXAMPLE, str(trained), block("resume", "")).replace("500000", "12800")
-    assert f"error: {failure.value}\n" == expected
+
+
+# ---- Sweep a hyperparameter ----
+
+
+def floats_of(config):
+    """The names of the hyperparameters that are floats, or floats or None."""
+    return [field.name for field in dataclasses.fields(config) if "float" in str(field.type)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.SCRIPT)
+def test_floats_can_be_vmapped(script):
+    config = script.Config(num_envs=4, num_steps=16, hidden_sizes=(8,), total_timesteps=64)
+    values = {name: jnp.full(3, getattr(config, name) or 0.01) for name in floats_of(config)}
+
+    def run(values):
+        return script.train(dataclasses.replace(config, **values), jax.random.key(0))
+
+    _, metrics = jax.eval_shape(jax.vmap(run), values)
+    assert metrics["value_loss"].shape == (3, 1)
+
+
+def test_all_floats_are_named():
+    paragraph = RECIPES.split("<!-- floats -->\n")[1].split("\n\n")[0]
+    named = re.findall(r"`(\w+)`", paragraph)
+    assert sorted(named) == sorted(
+        {name for script in SCRIPTS for name in floats_of(script.Config)}
+    )
 
 
 # ---- Evaluate while training ----
 
 
-def test_evaluation_while_training(execute, tmp_path, keys):
-    changes = (r"100_000", "32_768"), (r"arange\(8\)", "arange(2)"), (r"= 4, ", "= 1, ")
+def test_evaluation_while_training(execute, tmp_path):
+    changes = (r"total_timesteps=100_000", "total_timesteps=32_768, num_seeds=2"), ("= 4 ", "= 1 ")
     names = execute(block("evaluate"), *changes)
     greedy, training = (np.asarray(curve) for curve in names["curves"])
     assert greedy.shape == training.shape == (2, 16)
-    # The training is that of `train`; later both round otherwise, and part.
-    train = jax.vmap(lambda key: ppo_discrete.train(names["config"], key)[1]["episodic_return"])
-    expected = np.asarray(jax.jit(train)(keys(2)))
-    np.testing.assert_allclose(training[:, :2], expected[:, :2], rtol=1e-4)
-    # Without its noise the policy is better; at first it would fall after nine steps. (`nanmean`:
-    # in an update during which no episode ended, the training's mean return is NaN.)
-    assert (greedy.mean(axis=1) > 1.2 * np.nanmean(training, axis=1)).all()
+    # The greedy policy is better than the exploring one. (`nanmean`: in an update during which no
+    # episode ended, the training's mean return is NaN.)
+    assert (greedy.mean(axis=1) > 1.1 * np.nanmean(training, axis=1)).all()
     assert (greedy[:, -1] > 100).all()
     with Image.open(tmp_path / "evaluation.png") as picture:
         assert picture.size == (640, 480)
+
+
+# ---- When it does not learn ----
+
+
+def test_the_symptoms_are_those_of_the_picture(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import figures
+
+    rows = RECIPES.split("| symptom in `metrics.csv` |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [row.split(" | ") for row in rows]
+    assert [command.strip("`") for _, command, *_ in cells] == [x[2] for x in figures.SYMPTOMS]
+    for (symptom, *_), (_, column, _) in zip(cells, figures.SYMPTOMS, strict=True):
+        assert f"`{column}`" in symptom

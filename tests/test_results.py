@@ -1,222 +1,233 @@
-"""The tables in docs/results.md are those of the stored results, these of the scripts' defaults."""
+"""Stored results, the tables made of them, and the studies that make the results."""
 
+import dataclasses
+import importlib
 import re
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import common
 import edits
-import falls
-import heldout
 import learning
 import locomotion
+import rlhf
+
+TABLES = {
+    "results": learning.result_table,
+    "ablations": learning.ablation_table,
+    "held out": learning.held_out_table,
+    "falls": learning.fall_table,
+    "dips": learning.dip_table,
+    "locomotion": locomotion.table,
+    "edits": edits.table,
+}
+RESULTS = (common.DOCS / "results.md").read_text()
 
 
-def test_every_result_was_made_with_the_current_configuration():
-    configurations = {
-        learning.result_path(*cell[:3]): learning.configuration(*cell) for cell in learning.cells()
-    }
-    for column in learning.ABLATION_ENVS:
-        for name in learning.ABLATIONS:
-            configuration = learning.ablation_configuration(name, *column)
-            configurations[learning.ablation_path(name, column[0])] = configuration
-    # Others keep rows of their own.
-    others = (
-        ".curve.csv",
-        "locomotion.csv",
-        "falls.csv",
-        "edits.csv",
-        "heldout.csv",
-        "optimum.csv",
+def all_cells():
+    yield from [cell for study in learning.STUDIES.values() for cell in study()]
+    yield from [edits.cell_of(x, edited) for x in edits.EXPERIMENTS for edited in (False, True)]
+    yield from [rlhf.cell_of(name) for name in rlhf.ALGORITHMS]
+    for steps in locomotion.BUDGETS:
+        for task in locomotion.TASKS:
+            yield from [locomotion.cell_of(name, task, steps) for name in locomotion.LABELS]
+
+
+@pytest.fixture
+def cell(tmp_path):
+    """A cell whose seeds are trained one by one; the score of a seed is ten times the seed."""
+    config = learning.config_of("trpo", "CartPole-v1", 50_000)
+    return common.Cell.of_script(
+        tmp_path / "folder" / "cell.csv",
+        "trpo",
+        config,
+        range(3),
+        lambda seeds: common.scored(seeds, [10.0 * seed for seed in seeds]),
+        chunk=1,
     )
-    stored = {p for p in learning.RESULTS.rglob("*.csv") if not p.name.endswith(others)}
-    assert len(stored) > 100
-    # A file that belongs to no cell has no configuration to agree with.
-    assert not [p.name for p in stored if not learning.is_current(p, configurations.get(p))]
 
 
-def test_a_result_of_another_configuration_counts_as_missing(tmp_path, monkeypatch):
-    cell = "ppo_discrete", "CartPole-v1", 50_000
-    path = learning.result_path(*cell, tmp_path)
-    assert not learning.is_current(path, learning.configuration(*cell, 10))
-    learning.write_scores(path, learning.configuration(*cell, 10, gamma=0.9), [1.0, 3.0], 5, 100)
-    assert not learning.is_current(path, learning.configuration(*cell, 10))
-    assert learning.is_current(path, learning.configuration(*cell, 10, gamma=0.9))
-    assert learning.read_scores(path).tolist() == [1.0, 3.0]
-    monkeypatch.setattr(learning, "result_path", lambda *cell: path)
-    assert learning.cell_text(*cell, 10) == ""
+def with_other_config(cell):
+    return dataclasses.replace(cell, config=cell.config | {"gamma": 0.9})
 
 
-def test_a_result_that_was_not_written_to_its_end_counts_as_missing(tmp_path, monkeypatch):
-    path = tmp_path / "cell.csv"
-    config = learning.configuration("trpo", "CartPole-v1", 50_000, 10)
-    killed = lambda *_: 1 / 0
-    monkeypatch.setattr(learning.Path, "replace", killed)
+def test_every_stored_file_is_the_complete_result_of_a_cell():
+    cells = list(all_cells())
+    paths = {cell.path for cell in cells}
+    assert len(paths) == len(cells)
+    for cell in cells:
+        assert [int(row["seed"]) for row in cell.rows()] == list(cell.seeds), cell.path
+        assert np.isfinite(cell.scores(list(cell.rows()[0])[1])).all()
+    stored = {p for p in common.RESULTS.rglob("*.csv") if not p.name.endswith(".curve.csv")}
+    assert stored - paths == {common.RESULTS / "optimum.csv"}
+    assert all(path.name.isascii() for path in common.RESULTS.rglob("*"))
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_tables_of_the_document_are_those_of_the_results(name):
+    assert f"<!-- {name} -->\n{TABLES[name]()}\n<!-- end of {name} -->" in RESULTS
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    known = {(row[0], common.budget(row[1])): learning.result_row(*row) for row in learning.ROWS}
+    for steps in locomotion.BUDGETS:
+        for task in locomotion.TASKS:
+            cells = [locomotion.cell_of(name, task, steps) for name in locomotion.OURS]
+            known[f"{task}-brax", common.budget(steps)] = cells
+    found = 0
+    for line in (ROOT / "README.md").read_text().splitlines():
+        env_id, steps, *texts = [*(text.strip() for text in line.strip("|").split("|")), "", ""]
+        if (env_id, steps) in known:
+            found += 1
+            means = [common.interquartile_mean(x.scores()) for x in known[env_id, steps]]
+            assert texts[:3] == [f"{mean:.1f}" for mean in means], line
+    assert found > 3
+
+
+def test_a_result_of_another_configuration_is_stale(cell):
+    assert not cell.is_current() and cell.missing_seeds() == [0, 1, 2] and cell.text() == ""
+    cell.complete()
+    assert cell.is_current() and cell.missing_seeds() == []
+    assert cell.text(1).startswith("**10.0** (0.0 to 20.0; worst 0.0, 3 seeds)")
+    other = with_other_config(cell)
+    assert not other.is_current() and other.missing_seeds() == [0, 1, 2]
+    assert other.text() == f"{cell.text()} †"
+    other.complete()  # replaces all rows
+    assert other.is_current() and len(other.rows()) == 3 and not cell.is_current()
+
+
+def test_the_seeds_are_no_part_of_the_configuration(cell):
+    assert {"script": "trpo", "gamma": 0.99}.items() <= cell.config.items()
+    assert not {"seed", "num_seeds"} & set(cell.config)
+
+
+def test_training_continues_with_the_seeds_that_are_missing(cell):
+    trained = []
+
+    def train(seeds):
+        trained.extend(seeds)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return common.scored(seeds, seeds)
+
+    cell = dataclasses.replace(cell, train=train)
+    with pytest.raises(KeyboardInterrupt):
+        cell.complete()
+    cell.complete()
+    assert trained == [0, 1, 1, 2]
+    assert [int(row["seed"]) for row in cell.rows()] == [0, 1, 2]
+
+
+def test_a_kill_while_writing_leaves_the_file_as_it_was(cell, monkeypatch):
+    cell.complete()
+    before = cell.path.read_bytes()
+    monkeypatch.setattr(common.csv.DictWriter, "writerow", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        learning.write_scores(path, config, [1.0, 3.0], 5, 100)
-    assert not learning.is_current(path, config)
+        with_other_config(cell).complete()
+    assert cell.path.read_bytes() == before
 
 
-def test_a_run_of_the_command_line_is_a_result_of_its_configuration(tmp_path, monkeypatch):
-    cell, work = ("ppo_discrete", "CartPole-v1", 4096), tmp_path / "work"
-    monkeypatch.setattr(learning, "result_path", lambda *_: tmp_path / "cell.csv")
-    learning.run_cell(*cell, 2, tmp_path, work)
+def test_a_cell_of_a_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RUNS", tmp_path / "runs")
     path = tmp_path / "cell.csv"
-    assert learning.is_current(path, learning.configuration(*cell, 2))
-    scores = learning.read_scores(path)
+    cell = common.script_cell(
+        path, "ppo_discrete", "CartPole-v1", 4096, range(2), flags="--gamma 0.9"
+    )
+    cell.complete()
+    scores = cell.scores()
     assert scores.shape == (2,) and (8 < scores).all() and (scores <= 500).all()
     curve = path.with_suffix(".curve.csv").read_text().splitlines()
     assert curve[0] == "env_step,0,1" and curve[-1].startswith("4096,")
-    assert not [*work.iterdir()]  # nothing is left behind
+    assert cell.config["total_timesteps"] == 4096 and cell.config["flags"] == "--gamma 0.9"
+    assert not [*(tmp_path / "runs").iterdir()]  # nothing is left behind
 
 
 SCRIPT = """
-import json, os, sys
+import os, sys
 from pathlib import Path
 run = Path("runs/it")
-(run / "checkpoints").mkdir(parents=True, exist_ok=True)
+run.mkdir(parents=True, exist_ok=True)
 with open("calls", "a") as file:
     print(*sys.argv[1:], file=file)
+(run / "config.json").write_text("{}")
 if "--resume" not in sys.argv:
     os.kill(os.getpid(), 9)
-(run / "config.json").write_text(json.dumps(dict(num_envs=16, num_steps=256, format=3)))
-rows = ["3,0,1.0,9", "3,1,2.0,9", "4,0,5.0,9", "4,1,7.0,9"]
-text = "\\n".join(["seed,episode,episodic_return,episodic_length", *rows])
-(run / "evaluation.csv").write_text(text)
-rows = ["3,4096,", "4,4096,7", "3,8192,8", "4,8192,9"]
-(run / "metrics.csv").write_text("\\n".join(["seed,env_step,episodic_return", *rows]))
+(run / "evaluation.csv").write_text("")
 """
 
 
-def test_a_script_that_was_killed_is_resumed(tmp_path):
-    (work := tmp_path / "work" / "cell").mkdir(parents=True)
-    script = SCRIPT + "Path('../../calls').write_text(open('calls').read())"
-    (work / "trpo.py").write_text(script)
-    cell = ("trpo", "environments:ant-brax", 1_000_000, [3, 4], work)
-    with pytest.raises(SystemExit):
-        learning.run_script(*cell)
-    curve = tmp_path / "curve.csv"
-    run = learning.run_script(*cell, curve=curve)
-    assert run.scores.tolist() == [1.5, 6.0] and run.episodes == 2 and not work.exists()
-    assert run.trained_steps == 999_424 and run.config == dict(num_envs=16, num_steps=256)
-    assert curve.read_text() == "env_step,0,1\n4096,,7\n8192,8,9\n"
-    first, second = (tmp_path / "calls").read_text().splitlines()
-    flags = "--env-id environments:ant-brax --total-timesteps 1000000 --num-seeds 2 --seed 3"
-    assert first == flags and second == "--resume runs/it"
+def test_a_script_that_was_killed_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RUNS", tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with pytest.raises(common.subprocess.CalledProcessError):
+        common.run_script(script, ["--seed", 3], "name")
+    assert common.run_script(script, ["--seed", 3], "name") == tmp_path / "name" / "runs" / "it"
+    calls = (tmp_path / "name" / "calls").read_text().splitlines()
+    assert calls == ["--seed 3", "--resume runs/it"]
 
 
-def test_the_tables_of_the_document_are_those_of_the_results():
-    text = learning.DOCUMENT.read_text()
-    assert f"<!-- results -->\n{learning.results_table()}\n<!-- end of results -->" in text
-    assert f"<!-- ablations -->\n{learning.ablation_table()}\n<!-- end of ablations -->" in text
-    links = re.findall(r"\]\((\.\./[^)#]+)", text)
-    assert links and all((learning.DOCUMENT.parent / link).exists() for link in links)
+def test_a_replaced_function_comes_back():
+    original = learning.ppo_discrete.gae
+    with pytest.raises(ZeroDivisionError), common.replaced(learning.ppo_discrete, gae=abs):
+        assert learning.ppo_discrete.gae is abs
+        raise ZeroDivisionError
+    assert learning.ppo_discrete.gae is original
 
 
-def test_the_table_of_falls_is_that_of_the_stored_rows():
-    text = learning.DOCUMENT.read_text()
-    assert f"<!-- falls -->\n{falls.table()}\n<!-- end of falls -->" in text
-    assert len(falls.table().splitlines()) > 2
-    assert f"<!-- dips -->\n{falls.dips_table()}\n<!-- end of dips -->" in text
-
-
-def test_the_table_of_edits_is_that_of_the_stored_rows():
-    text = learning.DOCUMENT.read_text()
-    assert f"<!-- edits -->\n{edits.table()}\n<!-- end of edits -->" in text
-
-
-def test_the_table_of_other_seeds_is_that_of_the_stored_rows():
-    text = learning.DOCUMENT.read_text()
-    assert f"<!-- held out -->\n{heldout.table()}\n<!-- end of held out -->" in text
-
-
-def test_the_table_of_locomotion_is_that_of_the_stored_rows():
-    text = learning.DOCUMENT.read_text()
-    assert f"<!-- locomotion -->\n{locomotion.document_table()}\n<!-- end of locomotion -->" in text
-
-
-def test_the_table_of_the_readme_is_that_of_the_stored_results():
-    text = (ROOT / "README.md").read_text().partition("## Results")[2].partition("## Speed")[0]
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    table = [*learning.ROWS, *learning.MINATAR]
-    known = {(row[0], learning.budget(row[1])): learning.cells_of(row) for row in table}
-    brax_steps = {learning.budget(steps): steps for steps in locomotion.BUDGETS}
-    locomotion_rows = locomotion.read_rows(learning.RESULTS / "locomotion.csv")
-
-    def scores(env_id, steps):
-        """Of the seeds of each algorithm, on Brax of the two others', too."""
-        if not env_id.endswith("-brax"):
-            paths = [learning.result_path(*cell[:3]) for cell in known[env_id, steps]]
-            return [learning.read_scores(path) for path in paths]
-        task, steps = env_id.removesuffix("-brax"), brax_steps[steps]
-        cells = [(name, task, steps) for name in locomotion.LABELS]
-        found = [locomotion.of_cell(locomotion_rows, cell).values() for cell in cells]
-        return [[float(row["mean_episodic_return"]) for row in each] for each in found]
-
-    assert len(rows) == 9
-    for env_id, steps, *ours, compared in rows[1:]:
-        others = re.findall(r"(?:Brax's PPO|PureJaxRL) (-?[\d.]+)", compared)
-        means = [learning.interquartile_mean(np.array(x)) for x in scores(env_id, steps)]
-        assert ours + others == [f"{mean:.1f}" for mean in means]
-
-
-def test_a_policy_plays_in_gymnasium():
-    """Pushed the way it moves, the car arrives after some hundred steps; pushed right, never."""
-    swing = lambda obs: 2 * (obs[..., 1] >= 0)
-    returns = heldout.play_gymnasium("MountainCar-v0", swing, 2)
-    assert returns.shape == (10, 2) and ((-160 < returns) & (returns < -80)).all()
-    right = lambda obs: np.full(obs.shape[:2], 2)
-    assert (heldout.play_gymnasium("MountainCar-v0", right, 1) == -200).all()
-    rest = lambda obs: np.zeros((*obs.shape[:2], 1), np.float32)
-    assert np.allclose(heldout.play_gymnasium("MountainCarContinuous-v0", rest, 1), 0)
-
-
-def test_script_and_edited_script_run_the_same_command(tmp_path, monkeypatch):
-    runs, experiment = [], ("cnn", "Breakout-MinAtar", 2_000_000, 2, "--seed 7")
-
-    def run(script, env_id, steps, seeds, folder, flags):
-        runs.append(
-            [(script, env_id, steps, [*seeds], flags), (folder / f"{script}.py").read_text()]
-        )
-        return SimpleNamespace(scores=np.array([len(runs), 10.0]), trained_steps=1_998_848)
-
-    monkeypatch.setattr(edits, "run_script", run)
-    monkeypatch.setattr(edits, "STORED", tmp_path / "edits.csv")
-    monkeypatch.setattr(edits, "EXPERIMENTS", [experiment])
-    monkeypatch.setattr(edits, "WORK", tmp_path)
-    for edited in (False, True):
-        edits.train(experiment, edited)
-    (command, plain), (again, changed) = runs
-    assert (
-        command == again == ("ppo_discrete", "Breakout-MinAtar", 2_000_000, [0, 1], ["--seed", "7"])
-    )
-    assert plain == (edits.ROOT / "ppo_discrete.py").read_text()
-    assert "def convolve" in changed and "def convolve" not in plain
-    assert edits.scores_of(experiment, False).tolist() == [1, 10]
-    assert edits.scores_of(experiment, True).tolist() == [2, 10]
-    assert (
-        edits.table().splitlines()[2].startswith("| `cnn` | Breakout-MinAtar | 2M | `--seed 7` |")
-    )
+def test_the_ablations_name_functions_of_the_scripts():
+    for name, (*_, values, functions) in learning.ABLATIONS.items():
+        for env_id, steps, num_seeds in learning.ABLATION_ENVS:
+            config = learning.ablation_cell(name, env_id, steps, num_seeds).config
+            script = importlib.import_module(config["script"])
+            assert all(hasattr(script, function) for function in functions)
+            assert values.items() <= config.items()
 
 
 def test_what_counts_as_a_fall():
     nan = float("nan")
-    ended = np.array([5, 5, 0, 5, 3, 5, 5, 5])
-    returns = np.array([300.0, 495, nan, 300, 300, 450, 390, 399])
-    # Update 1 solves it. Of the low updates after it, 3, 4, 6 and 7, the fourth has too few ends.
-    assert falls.fall(returns, ended, 495, 400) == (1, 6)
-    assert falls.fall(returns[:7], ended[:7], 495, 400) == (1, -1)  # one alone is none
-    assert falls.fall(returns[:1], ended[:1], 495, 400) == (-1, -1)
+    returns = np.array([300.0, 495, nan, 300, 450, 390, 399])
+    # Update 1 solves the task. The first of two successive low updates after it is the fifth.
+    assert learning.find_fall(returns, 495, 400) == (1, 5)
+    assert learning.find_fall(returns[:6], 495, 400) == (1, -1)  # one low update is no fall
+    assert learning.find_fall(returns[:1], 495, 400) == (-1, -1)
 
 
 def test_how_deep_a_curve_dips():
     nan = float("nan")
-    # Means of two: 2, 4, 2, 1, 5 (at worst a quarter of 4 is left), and 1, 2, 3, 4, 5.
+    # Means of two points: 2, 4, 2, 1, 5, so that a quarter of 4 is the least; and 1, 2, 3, 4, 5.
     curve = np.array([[nan, nan], [2, 1], [2, 1], [6, 3], [-2, 3], [4, 5], [6, 5]])
-    np.testing.assert_array_equal(falls.deepest_dip(curve, 2), [0.25, 1.0])
+    np.testing.assert_array_equal(learning.deepest_dip(curve, 2), [0.25, 1.0])
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_a_policy_returns_in_gymnasium_what_it_returns_in_gymnax(env_id):
+    name = learning.script_of("clip", env_id)
+    script = importlib.import_module(name)
+    config = script.Config(env_id=env_id)
+    state = jax.jit(script.make_train(config)[0])(jax.random.key(0))
+    there = learning.play_gymnasium(name, config, state)
+    returns, _ = script.evaluate(config, state, jax.random.key(1), 100)
+    assert abs(there - returns.mean()) < 4 * np.sqrt(2 / 100) * max(returns.std(), 1)
+
+
+def test_the_table_and_the_picture_of_rlhf(tmp_path):
+    cells = {name: rlhf.cell_of(name) for name in rlhf.ALGORITHMS}
+    table = rlhf.table(cells).splitlines()
+    assert len(table) == 2 + 3 * len(rlhf.BETAS) + 1 + len(rlhf.BETAS) - 1
+    rlhf.draw(cells, tmp_path / "rlhf.png")
+    assert (tmp_path / "rlhf.png").stat().st_size > 10_000
+
+
+def test_edits_are_patches_of_scripts():
+    for experiment in edits.EXPERIMENTS:
+        plain, edited = (edits.cell_of(experiment, x) for x in (False, True))
+        assert plain.config | {"patches": [experiment[0]]} == edited.config
+        assert re.fullmatch(r"[-.\w]+\.csv", plain.path.name)

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, Probe, as_shipped
-from gymnax.environments import spaces
 
 import ppo_continuous
 import ppo_discrete
@@ -20,20 +19,7 @@ import ppo_penalty
 import trpo
 from ppo_discrete import Config, evaluate, make_train, train
 
-DISCRETE = [
-    env_id
-    for env_id in gymnax.registered_envs
-    if env_id
-    not in (
-        "MNISTBandit-bsuite",  # downloads
-        "Pendulum-v1",
-        "MountainCarContinuous-v0",
-        "PointRobot-misc",
-        "Reacher-misc",
-        "Swimmer-misc",
-    )
-    and not env_id.endswith("-test")
-]
+every_script = pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
 SMALL = Config(
     num_seeds=2,
     total_timesteps=3 * 64,
@@ -45,7 +31,7 @@ SMALL = Config(
 
 
 def plain(tree):
-    """PRNG keys as numbers, which can be compared."""
+    """The tree with PRNG keys replaced by their numbers, which can be compared."""
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
@@ -57,42 +43,47 @@ def assert_same_bits(a, b):
 # ---- Structure ----
 
 
-def test_a_seed_does_not_depend_on_its_neighbours(keys):
-    # The same row beside other seeds: the same bits.
+def test_the_same_bits_with_other_seeds_and_in_segments(keys):
+    # A seed beside other seeds has the same bits.
     run = as_shipped(jax.vmap(partial(train, SMALL)))
     first, second = run(keys(3)), run(keys(9)[jnp.array([7, 1, 4])])
     row = lambda result: jax.tree.map(lambda x: x[1], result)
     assert_same_bits(row(first), row(second))
-    # Alone: the same episodes, and the same numbers up to rounding. (XLA's CPU compiler adds up a
-    # row of a batched sum in another order than the same row alone, so bits may differ there.)
+    # A seed alone has the same episodes, and the same numbers up to rounding: XLA may add the
+    # terms of a sum in another order if it is not batched.
     alone = as_shipped(partial(train, SMALL))(keys(3)[1])
     chex.assert_trees_all_close(plain(row(first)), plain(alone), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(first[0].obs[1], alone[0].obs)
-
-
-def test_segments_equal_one_scan(keys):
+    # Update by update, as on the command line, it has the same bits as in one scan.
     init, update = make_train(SMALL)
-    state = as_shipped(init)(keys(1)[0])
+    state = as_shipped(init)(keys(3)[1])
     one_update = as_shipped(lambda state: jax.lax.scan(update, state, None, 1), donate_argnums=0)
     metrics = []
     for _ in range(SMALL.num_updates):
         state, segment = one_update(state)
         metrics.append(segment)
-    assert one_update._cache_size() == 1, "the state changed its type and update compiled twice"
     metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *metrics)
-    assert_same_bits((state, metrics), as_shipped(partial(train, SMALL))(keys(1)[0]))
+    assert_same_bits((state, metrics), alone)
 
 
-def test_a_hyperparameter_can_be_vmapped(keys):
-    run = lambda lr: train(replace(SMALL, learning_rate=lr), keys(1)[0])[1]["policy_loss"]
-    together = jax.jit(jax.vmap(run))(jnp.asarray([1e-3, 1e-2]))
-    alone = jax.jit(partial(train, replace(SMALL, learning_rate=1e-2)))(keys(1)[0])
-    np.testing.assert_allclose(together[1], alone[1]["policy_loss"], rtol=1e-4, atol=1e-6)
-    assert not np.allclose(together[0], together[1])
-    floats = [f for f, v in vars(SMALL).items() if isinstance(v, float)]
-    for name in floats:  # no Python branch on any of them
-        f = lambda x, name=name: train(replace(SMALL, **{name: x}), keys(1)[0])[1]["entropy"]
-        jax.eval_shape(jax.vmap(f), jnp.ones(2))
+def test_gamma_can_be_vmapped(keys):
+    run = jax.jit(lambda gamma: train(replace(SMALL, gamma=gamma), keys(1)[0])[1])
+    gammas = jnp.asarray([0.9, 0.99])
+    together = jax.jit(jax.vmap(run))(gammas)
+    for i, gamma in enumerate(gammas):
+        row = jax.tree.map(lambda x, i=i: x[i], together)
+        chex.assert_trees_all_close(row, run(gamma), rtol=1e-3, atol=1e-5)
+    assert not np.allclose(together["value_loss"][0], together["value_loss"][1], rtol=0.01)
+
+
+@every_script
+def test_all_float_hyperparameters_can_be_vmapped(script, keys):
+    # There must be no Python branch on any of them.
+    config = script.Config(num_envs=4, num_steps=16, total_timesteps=64, hidden_sizes=(8,))
+    floats = {name: x for name, x in vars(config).items() if isinstance(x, float)}
+    assert len(floats) >= 7
+    run = lambda floats: script.train(replace(config, **floats), keys(1)[0])[1]["value_loss"]
+    vmapped = jax.eval_shape(jax.vmap(run), {name: jnp.ones(2) for name in floats})
+    assert vmapped.shape == (2, 1)
 
 
 def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
@@ -102,52 +93,53 @@ def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
         return compiled.memory_analysis().temp_size_in_bytes
 
     small, large = temporary(64 * 10), temporary(64 * 10_000)
-    # The metrics themselves may be held twice: nine floats per update.
-    assert large - small < 2 * 9_990 * 9 * 4
+    # The metrics themselves may be held twice: ten floats per update.
+    assert large - small < 2 * 9_990 * 10 * 4
     assert "callback" not in str(jax.make_jaxpr(partial(train, SMALL))(keys(1)[0]))
 
 
 def test_200_vmapped_initialisations_do_not_hang(environment):
-    # Batched QR decompositions would, on two cores (jax 0.10): a subprocess, to be able to give up.
+    # Batched QR decompositions can deadlock on two cores with jax 0.10. This needs a subprocess,
+    # because a hanging computation cannot be stopped.
     code = (
         "import jax, jax.numpy as jnp, ppo_discrete\n"
         "init = jax.jit(jax.vmap(ppo_discrete.make_train(ppo_discrete.Config())[0]))\n"
         "keys = jax.vmap(jax.random.key)(jnp.arange(16))\n"
-        "assert 'lapack' not in init.lower(keys).as_text()\n"
         "for i in range(200):\n"
         "    jax.block_until_ready(init(keys))\n"
     )
     command = [sys.executable, "-c", code]
-    subprocess.run(command, cwd=ROOT, env=environment, timeout=300, check=True)
+    subprocess.run(command, cwd=ROOT, env=environment, timeout=200, check=True)
 
 
-@pytest.mark.parametrize("env_id", DISCRETE)
-def test_every_discrete_environment_trains(env_id, keys):
+@pytest.mark.parametrize("env_id", ["FrozenLake-misc", "Breakout-MinAtar"])
+def test_other_environments_train(env_id, keys):
+    # The observation is one of n numbers, or an image.
     config = replace(SMALL, env_id=env_id, total_timesteps=2 * 64)
     state, metrics = jax.jit(partial(train, config))(keys(1)[0])
     assert np.isfinite(metrics["policy_loss"]).all() and np.isfinite(metrics["value_loss"]).all()
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
-    assert int(state.updates_done) == 2
 
 
-@pytest.mark.parametrize(
-    "env_id, has_weak_types",  # gymnax's own state has, before the first step
-    [("CartPole-v1", False), ("MetaMaze-misc", True), ("Asterix-MinAtar", False)],
-)
-def test_an_update_keeps_the_type_of_the_state(env_id, has_weak_types):
-    init, update = ppo_discrete.make_train(ppo_discrete.Config(env_id=env_id))
-    before = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-    after = jax.eval_shape(lambda state: update(state, None)[0], before)
-    plain = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert plain(before) == plain(after)
-    if has_weak_types:
-        before, after = before._replace(env_state=None), after._replace(env_state=None)
-    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
-    assert types(before) == types(after)
+def test_every_environment_of_gymnax_has_the_right_types(keys):
+    # Some have observations or rewards of integers. MNISTBandit downloads a data set.
+    names = [name for name in gymnax.registered_envs if not name.endswith("-test")]
+    assert len(names) > 20
+    for name in set(names) - {"MNISTBandit-bsuite"}:
+        env = trpo.make_gymnax(name)
+        space = env.action_space
+        obs, env_state = jax.eval_shape(env.reset, keys(4))
+        action = jax.ShapeDtypeStruct((4, *space.shape), space.dtype)
+        step = jax.eval_shape(env.step, keys(4), env_state, action)
+        next_obs, _, reward, terminated, truncated, last_obs = step
+        assert obs.shape == next_obs.shape == last_obs.shape == (4, obs.size // 4), name
+        assert obs.dtype == next_obs.dtype == last_obs.dtype == reward.dtype == jnp.float32, name
+        assert reward.shape == terminated.shape == truncated.shape == (4,), name
+        assert terminated.dtype == truncated.dtype == bool, name
 
 
 def test_a_wrapped_environment_trains(keys):
-    # A wrapper that changes `step` only, as sticky actions do: with p = 1 all actions are 0.
+    # Sticky actions repeat the last action with probability p. With p = 1 all actions are 0.
     from gymnax.wrappers.purerl import StickyActionWrapper
 
     probe = gymnax.make("ProbeAction-test")[0]
@@ -162,52 +154,43 @@ def test_a_wrapped_environment_trains(keys):
 
 
 def test_the_first_minibatch_has_ratio_one_and_later_ones_have_not(keys):
-    # One epoch of one minibatch: the policy that is updated is still the one that acted, also when
-    # the observation statistics have moved on in between (second update).
+    # With one gradient step, π_θ is still π_old. In the second update this needs the statistics of
+    # the observations under which the policy acted, not newer ones.
     config = replace(SMALL, update_epochs=1, num_minibatches=1, learning_rate=1e-2)
+    config = replace(config, target_kl=None)
     _, metrics = jax.jit(partial(train, config))(keys(1)[0])
     np.testing.assert_array_equal(metrics["clip_fraction"], 0)
     np.testing.assert_allclose(metrics["approx_kl"], 0, atol=1e-6)
-    # Mean normalised advantage is 0, so with ratio 1 the surrogate is.
+    # Normalised advantages have mean 0, so the surrogate is 0 if all ratios are 1.
     np.testing.assert_allclose(metrics["policy_loss"], 0, atol=1e-6)
-    # log π_old is frozen over the epochs: from the second one on the ratio is not 1.
+    # log π_old is frozen over the epochs: from the second epoch on, ratios are not 1.
     config = replace(config, update_epochs=10)
     _, metrics = jax.jit(partial(train, config))(keys(1)[0])
     assert (metrics["approx_kl"] > 1e-4).all() and (metrics["clip_fraction"] > 0).any()
 
 
 def test_episode_metrics_count_finished_episodes_only(keys):
-    # CartPole episodes last at least 8 steps: none ends within 4.
+    # An episode of CartPole lasts at least 8 steps, so none ends within 4.
     config = replace(SMALL, num_steps=4, num_envs=16)
     _, metrics = jax.jit(partial(train, config))(keys(1)[0])
     assert np.isnan(metrics["episodic_return"][0]) and np.isnan(metrics["episodic_length"][0])
     # Five rewards of 1 each.
-    for env_id in ("ProbeTerminated-test", "ProbeTruncated-test"):
-        config = replace(SMALL, env_id=env_id)
-        _, metrics = jax.jit(partial(train, config))(keys(1)[0])
-        np.testing.assert_array_equal(metrics["episodic_return"], 5)
-        np.testing.assert_array_equal(metrics["episodic_length"], 5)
-
-
-def test_learning_rate_falls_linearly(keys):
-    config = replace(SMALL, total_timesteps=4 * 64, learning_rate=0.1)
-    metrics = jax.jit(partial(train, config))(keys(1)[0])[1]
-    np.testing.assert_allclose(metrics["learning_rate"], [0.1, 0.075, 0.05, 0.025], rtol=1e-6)
-    metrics = jax.jit(partial(train, replace(config, anneal_lr=False)))(keys(1)[0])[1]
-    np.testing.assert_allclose(metrics["learning_rate"], 0.1, rtol=1e-6)
+    _, metrics = jax.jit(partial(train, replace(SMALL, env_id="ProbeTerminated-test")))(keys(1)[0])
+    np.testing.assert_array_equal(metrics["episodic_return"], 5)
+    np.testing.assert_array_equal(metrics["episodic_length"], 5)
 
 
 def test_statistics_are_updated_once_after_each_rollout(keys):
-    # Reward 1 five times: the discounted return runs through (1 - γ^k) / (1 - γ), k = 1 ... 5. It
-    # is reset after the last step was used; reset before, the last value would be missing.
+    # Reward 1 five times: the discounted return is (1 - γ^k) / (1 - γ) for k = 1 ... 5. It starts
+    # again after the last step of an episode, whose value counts.
     config = replace(SMALL, env_id="ProbeTerminated-test", num_steps=20, gamma=0.5)
     init, update = make_train(config)
     state = jax.jit(init)(keys(1)[0])
-    after, _ = jax.jit(update)(state, None)
+    after, _ = jax.jit(update)(state)
     returns = np.array([1, 1.5, 1.75, 1.875, 1.9375])
-    np.testing.assert_allclose(after.return_stats.mean, returns.mean(), rtol=1e-4)
-    np.testing.assert_allclose(after.return_stats.var, returns.var(), rtol=1e-4)
-    # One set of statistics for all environments, over all of their 20 · 4 observations [1, time].
+    np.testing.assert_allclose(after.reward_stats.mean, returns.mean(), rtol=1e-4)
+    np.testing.assert_allclose(after.reward_stats.var, returns.var(), rtol=1e-4)
+    # All 20 · 4 observations [1, time] of all environments share one set of statistics.
     assert after.obs_stats.mean.shape == (2,)
     np.testing.assert_allclose(after.obs_stats.count, 80, rtol=1e-4)
     np.testing.assert_allclose(after.obs_stats.mean, [1, 2], rtol=1e-4)
@@ -216,16 +199,16 @@ def test_statistics_are_updated_once_after_each_rollout(keys):
     assert make_train(off)[0](keys(1)[0]).obs_stats is None
 
 
-def test_the_next_observation_is_that_before_the_reset(keys):
-    env = ppo_discrete.make_env("ProbeTerminated-test")
+def test_the_next_observation_is_the_last_one_of_the_old_episode(keys):
+    env = ppo_discrete.make_gymnax("ProbeTerminated-test")
     obs, env_state = env.reset(keys(3))
     np.testing.assert_array_equal(obs, [[1, 0]] * 3)
     for time in range(1, 6):  # [cue, time]; the fifth step ends the episode
-        env_state, next_obs, reset_obs, reward, terminated, truncated = env.step(
+        obs, env_state, reward, terminated, truncated, next_obs = env.step(
             keys(3), env_state, jnp.zeros(3, int)
         )
         np.testing.assert_array_equal(next_obs, [[1, time]] * 3)
-        np.testing.assert_array_equal(reset_obs, [[1, time % 5]] * 3)
+        np.testing.assert_array_equal(obs, [[1, time % 5]] * 3)
         assert (terminated == (time == 5)).all() and not truncated.any() and (reward == 1).all()
 
 
@@ -245,12 +228,11 @@ PROBE = Config(
 
 
 def solve(config, keys):
-    """Train three seeds; return the values (per seed) of given observations, and the policies."""
+    """Train three seeds. Returns V(obs) and π(1|obs), as functions of obs, for each seed."""
     script = sys.modules[type(config).__module__]
     states, _ = jax.jit(jax.vmap(partial(script.train, config)))(keys(3))
-    critic = script.Critic(config.hidden_sizes, config.activation)
-    actions = 2 if script is ppo_discrete else spaces.Discrete(2)
-    actor = script.Actor(actions, config.hidden_sizes, config.activation)
+    space = script.make_gymnax(config.env_id).action_space
+    actor, critic = script.make_networks(config, space)
 
     def value(obs):
         obs = jnp.asarray(obs, jnp.float32)
@@ -264,11 +246,6 @@ def solve(config, keys):
     return value, probability_of_one
 
 
-def test_probe_constant_reward(keys):
-    value, _ = solve(replace(PROBE, env_id="ProbeConstant-test"), keys)
-    np.testing.assert_allclose(value([1, 0]), 1, atol=0.02)
-
-
 def test_probe_reward_is_the_observation(keys):
     value, _ = solve(replace(PROBE, env_id="ProbeObservation-test"), keys)
     np.testing.assert_allclose(value([[1, 0], [-1, 0]]), [[1, -1]] * 3, atol=0.05)
@@ -279,17 +256,13 @@ def test_probe_delayed_reward_is_discounted(keys):
     np.testing.assert_allclose(value([[1, 0], [1, 1]]), [[0.9, 1]] * 3, atol=0.03)
 
 
-def test_probe_action_is_learned(keys):
-    _, probability = solve(replace(PROBE, env_id="ProbeAction-test"), keys)
-    assert (probability([1, 0]) > 0.95).all()
-
-
-@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
 def test_the_entropy_bonus_keeps_the_policy_random(script, keys):
     values = {name: value for name, value in vars(PROBE).items() if hasattr(script.Config, name)}
+    values.pop("target_kl", None)  # has another meaning in ppo_penalty
     config = script.Config(**values | dict(env_id="ProbeAction-test", ent_coef=10.0))
     _, probability = solve(config, keys)
-    # The optimum is π ∝ exp(Â / c_2), and with even odds the normalised advantages are ±1.
+    # The optimum is π ∝ exp(Â / c_2). With even odds the normalised advantages are ±1.
     np.testing.assert_allclose(probability([1, 0]), 1 / (1 + np.exp(-2 / 10)), atol=0.01)
 
 
@@ -300,8 +273,8 @@ def test_probe_action_depends_on_the_observation(keys):
 
 
 def test_probe_time_limit_is_bootstrapped(keys):
-    # Reward 1 for ever, cut every five steps: V = 1 / (1 - γ) = 10. Without the bootstrap the
-    # value of a uniformly random position would be about 2.6.
+    # Reward 1 for ever, with a time limit of five steps: V = 1 / (1 - γ) = 10. Without the
+    # bootstrap, V would be about 2.6.
     value, _ = solve(replace(PROBE, env_id="ProbeTruncated-test", learning_rate=3e-2), keys)
     np.testing.assert_allclose(value([1]), 10, rtol=0.05)
 
@@ -331,11 +304,11 @@ def test_evaluation_is_greedy_unscaled_and_of_the_first_episode(keys):
 
 
 def test_evaluation_plays_the_mode_of_the_normalised_observation(keys):
-    # Even odds, one observation: samples would differ.
+    # The policy is still random and there is only one observation, so samples would differ.
     config = replace(PROBE, env_id="ProbeAction-test")
     returns, _ = evaluate(config, make_train(config)[0](keys(1)[0]), keys(1)[0], 50)
     assert len(np.unique(returns)) == 1
-    # With these statistics both cues look negative, so that one of them is answered wrongly.
+    # With these statistics both cues look negative, so the answer to one of them is wrong.
     config = replace(PROBE, env_id="ProbeBoth-test", normalize_obs=True)
     state, _ = jax.jit(partial(train, config))(keys(1)[0])
     shifted = state.obs_stats._replace(mean=jnp.array([3.0, 0.0]), var=jnp.ones(2))
@@ -348,11 +321,11 @@ def test_evaluation_plays_the_mode_of_the_normalised_observation(keys):
 
 
 class FirstEpisode(Probe):
-    """Pays 1 in the episode that `reset` begins and NaN in those after it; ends at random."""
+    """Pays 1 in its first episode and NaN in all later ones; episodes end at random."""
 
     def reset(self, key, params=None):
         obs, state = super().reset(key, params)
-        return obs, state.replace(cue=jnp.full(1, 2.0))  # those after it begin with a cue of 1
+        return obs, state.replace(cue=jnp.full(1, 2.0))  # later episodes have a cue of 1
 
     def step_env(self, key, state, action, params):
         obs, new_state, *_ = super().step_env(key, state, action, params)
@@ -372,113 +345,52 @@ def test_what_follows_an_evaluation_episode_does_not_count(keys):
 
 
 def test_defaults_and_presets():
-    assert Config().num_updates == 244 and Config().batch_size == 2048
-    assert ppo_discrete.default_config("CartPole-v1") == Config(kl_threshold=0.02)
+    assert Config().num_updates == 48 and Config().batch_size == 2048
+    for script in (ppo_discrete, ppo_continuous, ppo_penalty, trpo):
+        assert script.Config() == script.default_config(script.Config.env_id)
     mountain_car = ppo_discrete.default_config("MountainCar-v0")
     assert mountain_car == Config(env_id="MountainCar-v0", normalize_obs=True)
-    minatar = ppo_discrete.default_config("Seaquest-MinAtar")
-    assert minatar.num_envs == 64 and minatar.env_id == "Seaquest-MinAtar"
-    # What holds for one environment goes before what holds for its family.
-    breakout = ppo_discrete.default_config("Breakout-MinAtar")
-    assert breakout == replace(
-        minatar,
-        env_id="Breakout-MinAtar",
-        num_envs=128,
-        learning_rate=2e-3,
-        update_epochs=8,
-        ent_coef=0.02,
-    )
+    minatar = ppo_discrete.default_config("SpaceInvaders-MinAtar")
+    assert minatar.num_envs == 64 and minatar.env_id == "SpaceInvaders-MinAtar"
+    # The preset of an environment overrides that of its family.
+    freeway = dict(env_id="Freeway-MinAtar", gae_lambda=0.8, normalize_obs=False)
+    assert ppo_discrete.default_config("Freeway-MinAtar") == replace(minatar, **freeway)
     for script in (ppo_continuous, ppo_penalty, trpo):
         assert not script.default_config("Swimmer-misc").normalize_obs
         assert script.default_config("Reacher-misc").normalize_obs
 
 
+@every_script
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"num_minibatches": 3}, "do not divide into num_minibatches = 3 equal parts"),
-        ({"num_minibatches": 2048}, "num_minibatches = 2048"),  # of one transition each
-        ({"total_timesteps": 100}, "total_timesteps must be at least .* = 2048"),
-        ({"total_timesteps": 2**31}, "total_timesteps must be from more than 0 to 2147483647"),
-        ({"update_epochs": 2**21}, r"gradient steps 4093640704 and .* below 2\^31"),
-        ({"seed": 2**31 - 8}, r"seed . num_seeds 2147483648 have to be below 2\^31"),
-        ({"num_envs": 0}, "num_envs must be from more than 0"),
-        ({"num_envs": 4.0}, "num_envs must be of type int, got 4.0"),
-        ({"num_envs": True}, "num_envs must be of type int, got True"),
-        ({"learning_rate": float("nan")}, "learning_rate must be from more than 0 .* got nan"),
-        ({"learning_rate": 0.0}, "learning_rate must be from more than 0"),
-        ({"learning_rate": "1e-3"}, "learning_rate must be of type float"),
-        ({"kl_threshold": 0.0}, "kl_threshold must be from more than 0"),
-        ({"kl_threshold": "no"}, "kl_threshold must be of type float"),
-        ({"gamma": 1.5}, "gamma must be from 0 to 1, got 1.5"),
-        ({"gae_lambda": -0.1}, "gae_lambda must be from 0 to 1"),
-        ({"ent_coef": float("inf")}, "ent_coef must be from 0 to"),
-        ({"seed": -1}, "seed must be from 0"),
-        ({"anneal_lr": 1}, "anneal_lr must be of type bool"),
-        ({"clip_vloss": None}, "clip_vloss must be of type bool"),
-        ({"env_id": 7}, "env_id must be of type str"),
-        ({"hidden_sizes": (64, 0)}, "hidden_sizes must be from more than 0"),
-        ({"hidden_sizes": (64.0,)}, "hidden_sizes must be of type int"),
-        ({"hidden_sizes": [64]}, "hidden_sizes must be of type int"),
+        ({"num_minibatches": 3}, "num_minibatches must divide num_envs x num_steps = "),
+        ({"num_minibatches": 4096}, "into parts of at least 2"),  # of one transition each
+        ({"total_timesteps": 100}, "total_timesteps must be at least num_envs x num_steps = "),
+        ({"num_envs": 0}, "num_envs must be between 1 and inf, not 0"),
+        ({"update_epochs": -1}, "update_epochs must be between 1 and inf, not -1"),
+        ({"seed": -1}, "seed must be between 0 and inf, not -1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be between 0 and inf, not nan"),
+        ({"ent_coef": -0.1}, "ent_coef must be between 0 and inf, not -0.1"),
+        ({"gamma": 1.5}, "gamma must be between 0 and 1, not 1.5"),
+        ({"gae_lambda": -0.1}, "gae_lambda must be between 0 and 1, not -0.1"),
+        ({"hidden_sizes": (64, 0)}, r"hidden_sizes must be positive, not \(64, 0\)"),
     ],
 )
-def test_wrong_values_are_named(wrong, message):
-    with pytest.raises(ppo_discrete.Failure, match=message):
-        make_train(Config(**wrong))
-
-
-def test_zeros_and_whole_numbers_that_work_are_accepted():
-    zero = dict(seed=0, gamma=0, gae_lambda=0.0, ent_coef=0, vf_coef=0.0)
-    ppo_discrete.validate(Config(**zero, learning_rate=1, hidden_sizes=()))
-
-
-def test_floats_of_numpy_are_floats():
-    for rate in (np.float64(0.01), np.float32(0.01)):
-        fields = dict(learning_rate=rate, gamma=rate, kl_threshold=rate, total_timesteps=4096)
-        jax.eval_shape(partial(train, Config(**fields)), jax.random.key(0))
-    # Shapes need Python's integers.
-    for name, x in dict(learning_rate=np.float64(-0.01), num_envs=np.int64(4)).items():
-        with pytest.raises(ppo_discrete.Failure, match=f"{name} must be .* got"):
-            ppo_discrete.validate(Config(**{name: x}))
-
-
-def test_a_field_of_ones_own_may_be_zero_or_negative_as_its_default_is(monkeypatch):
-    @dataclass(frozen=True)
-    class Wider(Config):
-        log_std_min: float = -5.0
-        price: float = 0.0
-
-    monkeypatch.setattr(ppo_discrete, "Config", Wider)
-    for fields in ({}, dict(log_std_min=-0.5), dict(log_std_min=0.5, price=2.0)):
-        ppo_discrete.validate(Wider(**fields))
-    for fields in (dict(price=-1.0), dict(log_std_min=float("nan"))):
-        with pytest.raises(ppo_discrete.Failure, match=f"{next(iter(fields))} must be from"):
-            ppo_discrete.validate(Wider(**fields))
-
-
-@pytest.mark.parametrize(
-    "env_id, message",
-    [("cartpole", "did you mean CartPole-v1"), ("Pendulum-v1", "use ppo_continuous.py")],
-)
-def test_wrong_environments_are_explained(env_id, message):
+def test_values_that_cannot_work_are_refused(script, wrong, message):
     with pytest.raises(ValueError, match=message):
-        make_train(Config(env_id=env_id))
+        script.Config(**wrong)
 
 
-def test_observations_of_several_parts_are_refused():
-    class Parts(Probe):
-        def observation_space(self, params=None):
-            return spaces.Dict({"cue": spaces.Discrete(2)})
-
-    gymnax.register("Parts-test", lambda: Parts(lambda cue, action, time: 1.0))
-    with pytest.raises(ValueError, match="Parts-test has observations of several parts"):
-        make_train(Config(env_id="Parts-test"))
+def test_zeros_and_arrays_that_work_are_accepted():
+    zero = dict(seed=0, gamma=0, gae_lambda=0.0, ent_coef=0, vf_coef=0.0)
+    assert Config(**zero, learning_rate=1, hidden_sizes=(), target_kl=None).hidden_sizes == ()
+    rate = np.float32(0.01)
+    fields = dict(learning_rate=rate, gamma=np.float64(0.9), target_kl=rate, total_timesteps=4096)
+    jax.eval_shape(partial(train, Config(**fields)), jax.random.key(0))
 
 
-def test_a_failed_download_is_explained(monkeypatch):
-    def make(env_id):
-        raise OSError("no network")
-
-    monkeypatch.setattr(gymnax, "make", make)
-    with pytest.raises(ValueError, match=r"MNISTBandit-bsuite needs data .* no network"):
-        ppo_discrete.make_env("MNISTBandit-bsuite")
+@every_script
+def test_an_unknown_environment_gets_a_list_of_names(script):
+    with pytest.raises(LookupError, match=r"unknown environment 'cartpole'.* CartPole-v1, "):
+        script.make_train(script.Config(env_id="cartpole"))
