@@ -327,11 +327,13 @@ def our_first_minute():
         while process.poll() is None:
             time.sleep(0.02)
             for path in Path(folder).glob("runs/*/metrics.csv"):
+                if not path.stat().st_size:
+                    continue
                 written = path.stat().st_mtime
-                with contextlib.suppress(ValueError):  # a row is only half written
+                with contextlib.suppress(ValueError):  # the last row is half written
                     returns = read_columns(path.parent)["episodic_return"]
                     ends.setdefault("compiling", written)
-                    if (np.nanmax(returns, axis=0) >= 475).all():
+                    if (returns >= 475).any(axis=0).all():
                         ends.setdefault("475", written)
         process.stdout.close()
         ends["everything"] = time.time()

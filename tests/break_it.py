@@ -151,7 +151,7 @@ MUTATIONS = {
         "trpo",
         "product(v) + damping * v",
         "product(v)",
-        "test_trpo.py::test_the_step_fills_the_quadratic_trust_region",
+        "test_trpo.py::test_the_step_fills_the_quadratic_trust_region[3-Categorical]",
     ),
 }
 
@@ -165,7 +165,6 @@ def broken(mutation: Mutation) -> str:
 
 def run_tests(folder: str, tests: list[str]) -> tuple[int, list[str], str]:
     """Run tests in `folder`; returns pytest's exit code, the names of exceptions, the output."""
-    import time; T0=time.process_time()
     import pytest
 
     raised = []
@@ -179,7 +178,6 @@ def run_tests(folder: str, tests: list[str]) -> tuple[int, list[str], str]:
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", folder]
     with contextlib.redirect_stdout(output):
         code = pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[Plugin()])
-    print(time.process_time()-T0, tests, file=open('/tmp/bi_times','a'))
     return int(code), raised, output.getvalue()
 
 

@@ -45,7 +45,9 @@ def test_a_bug_is_seen(name, outcomes):
 
 def test_the_document_has_the_list():
     text = (ROOT / "docs" / "recipes.md").read_text()
-    assert f"<!-- bugs -->\n{table()}\n<!-- end of bugs -->" in text
+    assert f"<!-- bugs -->\n{table()}\n<!-- end of bugs -->" in text, (
+        "Replace the list in docs/recipes.md by the output of `python tests/break_it.py`."
+    )
 
 
 def test_a_script_with_a_bug_is_written():

@@ -1,5 +1,7 @@
 """The pure functions against literals, SciPy, and slow independent computations, in float64."""
 
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -320,3 +322,6 @@ def test_orthogonal_weights_do_not_depend_on_vmap():
         np.testing.assert_allclose(w.T @ w, 9 * np.eye(4), atol=1e-12)
         np.testing.assert_allclose(w, init(key, (6, 4), jnp.float64), rtol=1e-12)
     assert not np.allclose(weights[0], weights[1])
+    # With jax >= 0.10, a QR decomposition of several matrices at once can deadlock.
+    program = jax.jit(jax.vmap(lambda key: init(key, (6, 4), jnp.float64))).lower(keys).as_text()
+    assert re.findall(r"@lapack_dgeqrf.* : \(tensor<(\w+)xf64>\)", program) == ["6x4"]

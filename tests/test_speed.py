@@ -5,11 +5,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-import ppo_continuous
 import ppo_discrete
 import ppo_penalty
 
@@ -22,15 +20,14 @@ SMALL = speed.sizes(2, 16, 2) | dict(update_epochs=1, num_minibatches=2, hidden_
 
 
 def test_a_script_against_bare_arithmetic(capsys):
-    settings = {"1 seed": (1, SMALL), "2 seeds": (2, SMALL)}
+    settings = {"2 seeds": (2, SMALL)}
     speed.compare("bare", speed.bare_arithmetic, ["ppo_discrete"], settings, rounds=2)
     header, _, *rows = capsys.readouterr().out.splitlines()
-    assert [row.split(" | ")[1] for row in rows] == ["1 seed", "2 seeds"]
-    for row in rows:
-        cells = [cell.strip() for cell in row.strip("|").split(" | ")]
-        assert len(cells) == len(header.strip("|").split(" | "))
-        ours, bare = (float(cell.replace(",", "")) for cell in cells[2:4])
-        assert float(cells[4].split()[0]) == pytest.approx(ours / bare, abs=0.02)
+    (cells,) = ([cell.strip() for cell in row.strip("|").split(" | ")] for row in rows)
+    assert len(cells) == len(header.strip("|").split(" | "))
+    assert cells[:2] == ["`ppo_discrete`", "2 seeds"]
+    ours, bare = (float(cell.replace(",", "")) for cell in cells[2:4])
+    assert float(cells[4].split()[0]) == pytest.approx(ours / bare, abs=0.02)
 
 
 def test_programs_take_turns_and_the_first_runs_do_not_count(monkeypatch):
@@ -64,15 +61,27 @@ train = None
     assert config.kl_threshold == 0.02
 
 
-def test_the_seeds_of_a_program_are_those_of_train():
-    config = ppo_continuous.Config(**SMALL)
-    program = speed.program_of(ppo_continuous.train, config, num_seeds=2, spread=True)
-    assert program.steps == 2 * 64 and program.compile_seconds > 0
-    state, _ = program.run()
-    keys = jax.random.split(jax.random.key(0), 2)
-    other, _ = jax.jit(jax.vmap(lambda key: ppo_continuous.train(config, key)))(keys)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
-        state.params["actor"],
-        other.params["actor"],
-    )
+def test_the_phases_of_the_first_minute(tmp_path, monkeypatch):
+    """A stand-in for the script prints a line, and writes metrics twice."""
+    script = """
+import time
+from pathlib import Path
+time.sleep(0.3)
+print("begun", flush=True)
+folder = Path("runs/it")
+folder.mkdir(parents=True)
+for returns in (("nan", 500), (480, 20)):
+    time.sleep(0.5)
+    with (folder / "metrics.csv").open("a") as file:
+        if file.tell() == 0:
+            file.write("seed,env_step,episodic_return\\n")
+        for seed, value in enumerate(returns):
+            file.write(f"{seed},1,{value}\\n")
+time.sleep(0.5)
+"""
+    (tmp_path / "ppo_discrete.py").write_text(script)
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    ends = speed.our_first_minute()
+    assert list(ends) == ["imports", "compiling", "475", "everything"]
+    assert 0.3 < ends["imports"] < ends["compiling"] < ends["475"] < ends["everything"]
+    assert ends["475"] - ends["compiling"] > 0.4

@@ -20,6 +20,8 @@ import trpo
 from ppo_discrete import Config, evaluate, make_train, train
 
 every_script = pytest.mark.parametrize("script", [ppo_discrete, ppo_continuous, ppo_penalty, trpo])
+# The code of ppo_continuous is that of ppo_discrete but for the actions (test_shared_code.py).
+every_algorithm = pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
 SMALL = Config(
     num_seeds=2,
     total_timesteps=3 * 64,
@@ -49,11 +51,11 @@ def test_the_same_bits_with_other_seeds_and_in_segments(keys):
     first, second = run(keys(3)), run(keys(9)[jnp.array([7, 1, 4])])
     row = lambda result: jax.tree.map(lambda x: x[1], result)
     assert_same_bits(row(first), row(second))
-    # A seed alone has the same episodes, and the same numbers up to rounding: XLA may add the
-    # terms of a sum in another order if it is not batched.
+    # A seed alone has the same numbers up to rounding: XLA may add the terms of a sum in another
+    # order if it is not batched.
     alone = as_shipped(partial(train, SMALL))(keys(3)[1])
     chex.assert_trees_all_close(plain(row(first)), plain(alone), rtol=1e-4, atol=1e-5)
-    # Update by update, as on the command line, it has the same bits as in one scan.
+    # Update by update it has the same bits as in one scan.
     init, update = make_train(SMALL)
     state = as_shipped(init)(keys(3)[1])
     one_update = as_shipped(lambda state: jax.lax.scan(update, state, None, 1), donate_argnums=0)
@@ -73,17 +75,6 @@ def test_gamma_can_be_vmapped(keys):
         row = jax.tree.map(lambda x, i=i: x[i], together)
         chex.assert_trees_all_close(row, run(gamma), rtol=1e-3, atol=1e-5)
     assert not np.allclose(together["value_loss"][0], together["value_loss"][1], rtol=0.01)
-
-
-@every_script
-def test_all_float_hyperparameters_can_be_vmapped(script, keys):
-    # There must be no Python branch on any of them.
-    config = script.Config(num_envs=4, num_steps=16, total_timesteps=64, hidden_sizes=(8,))
-    floats = {name: x for name, x in vars(config).items() if isinstance(x, float)}
-    assert len(floats) >= 7
-    run = lambda floats: script.train(replace(config, **floats), keys(1)[0])[1]["value_loss"]
-    vmapped = jax.eval_shape(jax.vmap(run), {name: jnp.ones(2) for name in floats})
-    assert vmapped.shape == (2, 1)
 
 
 def test_memory_does_not_grow_with_the_budget_and_nothing_calls_the_host(keys):
@@ -227,6 +218,13 @@ PROBE = Config(
 )
 
 
+def probe(script, **fields):
+    """The configuration PROBE for another script."""
+    values = {name: value for name, value in vars(PROBE).items() if hasattr(script.Config, name)}
+    values.pop("target_kl", None)  # has another meaning in ppo_penalty
+    return script.Config(**values | fields)
+
+
 def solve(config, keys):
     """Train three seeds. Returns V(obs) and π(1|obs), as functions of obs, for each seed."""
     script = sys.modules[type(config).__module__]
@@ -251,17 +249,16 @@ def test_probe_reward_is_the_observation(keys):
     np.testing.assert_allclose(value([[1, 0], [-1, 0]]), [[1, -1]] * 3, atol=0.05)
 
 
-def test_probe_delayed_reward_is_discounted(keys):
-    value, _ = solve(replace(PROBE, env_id="ProbeDelay-test"), keys)
+@every_algorithm
+def test_probe_delayed_reward_is_discounted(script, keys):
+    # One reward after two steps: V = γ, then 1.
+    value, _ = solve(probe(script, env_id="ProbeDelay-test"), keys)
     np.testing.assert_allclose(value([[1, 0], [1, 1]]), [[0.9, 1]] * 3, atol=0.03)
 
 
-@pytest.mark.parametrize("script", [ppo_discrete, ppo_penalty, trpo])
+@every_algorithm
 def test_the_entropy_bonus_keeps_the_policy_random(script, keys):
-    values = {name: value for name, value in vars(PROBE).items() if hasattr(script.Config, name)}
-    values.pop("target_kl", None)  # has another meaning in ppo_penalty
-    config = script.Config(**values | dict(env_id="ProbeAction-test", ent_coef=10.0))
-    _, probability = solve(config, keys)
+    _, probability = solve(probe(script, env_id="ProbeAction-test", ent_coef=10.0), keys)
     # The optimum is π ∝ exp(Â / c_2). With even odds the normalised advantages are ±1.
     np.testing.assert_allclose(probability([1, 0]), 1 / (1 + np.exp(-2 / 10)), atol=0.01)
 
@@ -290,12 +287,16 @@ def test_probe_termination_is_not_bootstrapped(keys):
 # ---- Evaluation ----
 
 
-def test_evaluation_is_greedy_unscaled_and_of_the_first_episode(keys):
+def test_evaluation_normalises_observations_but_not_rewards(keys):
     config = replace(PROBE, env_id="ProbeBoth-test", normalize_obs=True, normalize_reward=True)
     state, _ = jax.jit(partial(train, config))(keys(1)[0])
     returns, lengths = jax.jit(partial(evaluate, config, num_episodes=50))(state, keys(1)[0])
     np.testing.assert_array_equal(returns, 1)
     np.testing.assert_array_equal(lengths, 1)
+    # With these statistics both cues look negative, so the answer to one of them is wrong.
+    shifted = state.obs_stats._replace(mean=jnp.array([3.0, 0.0]), var=jnp.ones(2))
+    returns, _ = evaluate(config, state._replace(obs_stats=shifted), keys(1)[0], 50)
+    assert 0 < returns.mean() < 1
     config = replace(SMALL, env_id="ProbeTruncated-test")
     state = make_train(config)[0](keys(1)[0])
     returns, lengths = evaluate(config, state, keys(1)[0], 3)
@@ -303,17 +304,11 @@ def test_evaluation_is_greedy_unscaled_and_of_the_first_episode(keys):
     np.testing.assert_array_equal(lengths, [5, 5, 5])
 
 
-def test_evaluation_plays_the_mode_of_the_normalised_observation(keys):
+def test_evaluation_plays_the_mode_until_each_episode_ends(keys):
     # The policy is still random and there is only one observation, so samples would differ.
     config = replace(PROBE, env_id="ProbeAction-test")
     returns, _ = evaluate(config, make_train(config)[0](keys(1)[0]), keys(1)[0], 50)
     assert len(np.unique(returns)) == 1
-    # With these statistics both cues look negative, so the answer to one of them is wrong.
-    config = replace(PROBE, env_id="ProbeBoth-test", normalize_obs=True)
-    state, _ = jax.jit(partial(train, config))(keys(1)[0])
-    shifted = state.obs_stats._replace(mean=jnp.array([3.0, 0.0]), var=jnp.ones(2))
-    returns, _ = evaluate(config, state._replace(obs_stats=shifted), keys(1)[0], 50)
-    assert 0 < returns.mean() < 1
     # Episodes of different lengths: each counts to its own end.
     returns, lengths = evaluate(SMALL, make_train(SMALL)[0](keys(1)[0]), keys(1)[0], 50)
     assert len(np.unique(lengths)) > 1

@@ -186,29 +186,6 @@ def test_no_noise_is_used_twice(script, keys):
     assert (action.std(axis=1) > 0.4).all()
 
 
-@pytest.mark.parametrize("script", [ppo_penalty, trpo])
-def test_the_critic_learns_known_values(script, keys):
-    # One reward after two steps: V = γ, then 1. (ppo_discrete: test_training.py)
-    config = small(
-        script,
-        env_id="ProbeDelay-test",
-        total_timesteps=40_000,
-        num_envs=8,
-        num_steps=20,
-        num_minibatches=2,
-        gamma=0.9,
-        learning_rate=1e-2,
-        hidden_sizes=(16,),
-        normalize_obs=False,
-        normalize_reward=False,
-    )
-    states, _ = jax.jit(jax.vmap(partial(script.train, config)))(keys(3))
-    _, critic = script.make_networks(config, spaces.Discrete(2))
-    obs = jnp.array([[1.0, 0.0], [1.0, 1.0]])
-    value = jax.vmap(lambda params: critic.apply(params, obs))(states.params["critic"])
-    np.testing.assert_allclose(value, [[0.9, 1.0]] * 3, atol=0.03)
-
-
 # ---- Metrics ----
 
 
