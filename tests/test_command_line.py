@@ -261,7 +261,7 @@ def test_wrong_input_gets_one_message(case, main, tmp_path):
     (tmp_path / "own_tuple.py").write_text(OWN_ENVIRONMENTS)
     arguments, message = WRONG[case]
     is_refused(main(*arguments), message)
-    assert not (tmp_path / "runs").exists()
+    assert not [*tmp_path.glob("runs/*__*")]  # there may be compiled programs
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_wrong_input_gets_one_message(case, main, tmp_path):
 def test_a_wrong_action_space(script, env_id, message, main, tmp_path):
     (tmp_path / "own_tuple.py").write_text(OWN_ENVIRONMENTS)
     is_refused(main("--env-id", env_id, script=script), message)
-    assert not (tmp_path / "runs").exists()
+    assert not [*tmp_path.glob("runs/*__*")]  # there may be compiled programs
 
 
 def test_what_cannot_be_resumed(main, tmp_path, uninterrupted):

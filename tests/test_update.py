@@ -314,7 +314,6 @@ def test_initial_weights(script, keys):
             assert not layers[f"Dense_{i}"]["bias"].any()
 
 
-@pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize(
     "script, env_id",
     [
@@ -327,14 +326,13 @@ def test_initial_weights(script, keys):
         (trpo, "Pendulum-v1"),
     ],
 )
-def test_an_update_in_a_loop_is_compiled_once(script, env_id, x64):
+def test_an_update_in_a_loop_is_compiled_once(script, env_id):
     # This needs an update to keep the types of the state. The first update may change weak types
     # of gymnax's own state: `jax.lax.scan`, which trains, allows it.
-    with jax.enable_x64(x64):
-        init, update = script.make_train(small(script, env_id=env_id))
-        first = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
-        second = jax.eval_shape(lambda state: update(state)[0], first)
-        third = jax.eval_shape(lambda state: update(state)[0], second)
+    init, update = script.make_train(small(script, env_id=env_id))
+    first = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+    second = jax.eval_shape(lambda state: update(state)[0], first)
+    third = jax.eval_shape(lambda state: update(state)[0], second)
     types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
     assert types(second) == types(third)
     assert types(first._replace(env_state=None)) == types(second._replace(env_state=None))
