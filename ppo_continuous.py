@@ -185,7 +185,7 @@ class Actor(nn.Module):
     def __call__(self, obs):
         # With tiny weights in the last layer the first means are near 0, the middle of the range.
         mean = mlp(obs, self.hidden_sizes, self.activation, self.action_size, 0.01)
-        initial = jnp.full(self.action_size, jnp.log(self.initial_std))
+        initial = jnp.full(self.action_size, jnp.log(self.initial_std), float)
         log_std = self.param("log_std", lambda _: initial)
         return DiagGaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 

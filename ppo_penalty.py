@@ -234,7 +234,7 @@ class Actor(nn.Module):
         x = mlp(obs, self.hidden_sizes, self.activation, size, 0.01)
         if is_discrete:
             return Categorical(x)
-        initial = jnp.full(size, jnp.log(self.initial_std))
+        initial = jnp.full(size, jnp.log(self.initial_std), float)
         log_std = self.param("log_std", lambda _: initial)
         return DiagGaussian(x, jnp.broadcast_to(log_std, x.shape))
 
