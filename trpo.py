@@ -583,7 +583,7 @@ def make_train(config, env=None):
 
         # Estimate advantages. The value of s_{t+1} is computed, not taken from the next row, which
         # after the end of an episode belongs to another one. Until the next rollout, observations
-        # are normalised as they were when the policy acted. Rewards use the newest statistics.
+        # keep the statistics with which the policy acted. Rewards use the newest ones.
         obs = normalize(rollout.obs, state.obs_stats)
         next_obs = normalize(rollout.next_obs, state.obs_stats)
         value = critic.apply(state.params["critic"], obs)
@@ -685,7 +685,7 @@ def evaluate(config, state, key, num_episodes, env=None, max_steps=10_000):
 def random_orders(key, number, size):
     """`number` random orders of 0 ... size-1, as [number, size].
 
-    On two CPU cores `jax.random.permutation` takes a fifth of the training time, because it sorts
+    On two CPU cores `jax.random.permutation` would take a fifth of the training time: it sorts
     pairs of a random word and an index. Here the index is stored in the lowest bits of the word.
     """
     words = jax.random.bits(key, (number, size), jnp.uint32)
@@ -709,7 +709,7 @@ def orthogonal(scale):
 
 def make_gymnax(name):
     """N copies of a gymnax environment, with flat observations."""
-    import gymnax  # not at the top, because it starts JAX, which would be too early for main()
+    import gymnax  # not at the top: it starts JAX, which main() must configure first
 
     if name not in gymnax.registered_envs:
         known = ", ".join(sorted(gymnax.registered_envs))
@@ -825,7 +825,7 @@ def parse_flags() -> Flags:
 
 def load_env(env_id: str) -> Environment:
     """A gymnax environment, or for `module:name` the result of `module.make(name)`. The module may
-    lie in the current folder. Instead of defining `make` it may register `name` with gymnax."""
+    be in the current folder. Instead of defining `make` it may register `name` with gymnax."""
     module_name, _, name = env_id.rpartition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -904,8 +904,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Environment, State, int]:
 
 
 def open_metrics(run_dir: Path, num_lines: int):
-    """Open metrics.csv to append to its first `num_lines` lines. Later ones belong to updates after
-    the last checkpoint, which training repeats. Only the first process writes the file."""
+    """Cut metrics.csv to `num_lines` lines and open it to append. The lines that it cuts belong to
+    updates after the last checkpoint, which are repeated. Only the first process writes the file."""
     if jax.process_index() > 0:
         return tempfile.TemporaryFile("w")
     file = (run_dir / "metrics.csv").open("a+", newline="")
