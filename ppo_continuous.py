@@ -774,7 +774,7 @@ def load_run(run_dir: str | Path) -> tuple[Config, Environment, State, int]:
 
 def open_metrics(run_dir: Path, num_lines: int):
     """Cut metrics.csv to `num_lines` lines and open it to append. The lines that it cuts belong to
-    updates after the last checkpoint, which are repeated. Only the first process writes the file."""
+    updates after the last checkpoint, which are repeated. Only the first process writes it."""
     if jax.process_index() > 0:
         return tempfile.TemporaryFile("w")
     file = (run_dir / "metrics.csv").open("a+", newline="")
