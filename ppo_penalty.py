@@ -62,7 +62,7 @@ Differences from the paper:
 - rewards and, if asked for, observations are scaled by running statistics and clipped to ±10;
 - continuous actions in [-1, 1] are stretched to the bounds of the environment;
 - weights are initialised orthogonally, gradients are clipped by their norm, Adam's ε is 1e-5;
-- the learning rate is annealed.
+- the learning rate is annealed (the paper does so on Atari).
 """
 
 import math
@@ -303,8 +303,7 @@ def value_loss(value, target):
 def adapt_beta(beta, kl, target_kl):
     """The weight of the KL penalty for the next update (section 4), scalars.
 
-    The bounds keep a β that has long had no effect from vanishing or overflowing. If the KL is not
-    finite, β does not change.
+    The bounds keep β from vanishing or overflowing. If the KL is not finite, β does not change.
     """
     new_beta = jnp.where(kl > 1.5 * target_kl, 2 * beta, beta)
     new_beta = jnp.where(kl < target_kl / 1.5, beta / 2, new_beta)

@@ -310,7 +310,7 @@ def conjugate_gradient(product, b, num_iterations):
     """Solve A x = b for a symmetric positive definite A, given as product(v) = A v.
 
     b [P] -> x [P] and the residual b - A x [P] (Hestenes & Stiefel 1952). Without rounding errors
-    P iterations would be exact. Far fewer come close if most eigenvalues of A are nearly equal, as
+    P iterations would be exact. Far fewer suffice if most eigenvalues of A are nearly equal, as
     damping makes them.
     """
 
