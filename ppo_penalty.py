@@ -468,7 +468,7 @@ def make_train(config, env=None):
         return state._replace(env_state=env_state, obs=obs, episode=new_episode), transition
 
     def loss(params, beta, obs, action, old_policy, old_log_prob, advantage, target):
-        """The negative of the penalised objective (eq. 8) for a minibatch [M, ...], and metrics."""
+        """The negative of the objective (as eq. 9) for a minibatch [M, ...], and metrics."""
         chex.assert_equal_shape([old_log_prob, advantage, target])
         policy = actor.apply(params["actor"], obs)
         ratio = jnp.exp(policy.log_prob(action) - old_log_prob)

@@ -11,8 +11,8 @@
     python benchmarks/speed.py whole --purejaxrl PATH     # whole runs, for a GPU
 
 Programs that are compared are compiled first and then run in turn, in one process and for about a
-second each, so that other programs on the machine disturb both alike. A ratio is that of the median
-speeds, with the quartiles over the rounds in parentheses; above 1, ours is faster. Hyperparameters
+second each, so that other programs on the machine disturb both alike. A ratio is the median
+over the rounds, with its quartiles in parentheses; above 1, ours is faster. Hyperparameters
 are those of `Config`, without presets. In `devices`, `whole` and the table of PureJaxRL, our seeds
 are spread over all devices.
 
@@ -132,12 +132,12 @@ def compare(label, rival, scripts, settings, rounds, spread=False, overrides=Non
             programs = ours, rival(script, config, num_seeds)
             seconds = take_turns([program.run for program in programs], rounds)
             ours, theirs = (x.steps / seconds[i] for i, x in enumerate(programs))
-            low, high = np.percentile(ours / theirs, [25, 75])
+            low, ratio, high = np.percentile(ours / theirs, [25, 50, 75])
             print_row(
                 f"`{script.__name__}`",
                 setting,
                 *(f"{np.median(speed):,.0f}" for speed in (ours, theirs)),
-                f"{np.median(ours) / np.median(theirs):.2f} ({low:.2f}-{high:.2f})",
+                f"{ratio:.2f} ({low:.2f}-{high:.2f})",
                 *(f"{program.compile_seconds:.1f} s" for program in programs),
             )
 

@@ -21,7 +21,7 @@ SMALL = speed.sizes(2, 16, 2) | dict(update_epochs=1, num_minibatches=2, hidden_
 
 def test_a_script_against_bare_arithmetic(capsys):
     settings = {"2 seeds": (2, SMALL)}
-    speed.compare("bare", speed.bare_arithmetic, ["ppo_discrete"], settings, rounds=2)
+    speed.compare("bare", speed.bare_arithmetic, ["ppo_discrete"], settings, rounds=1)
     header, _, *rows = capsys.readouterr().out.splitlines()
     (cells,) = ([cell.strip() for cell in row.strip("|").split(" | ")] for row in rows)
     assert len(cells) == len(header.strip("|").split(" | "))
